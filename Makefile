@@ -1,0 +1,41 @@
+# `make dev` and `make test` do all the set-up they need; both want only python3 (3.11 or later, with venv) and make.
+
+SHELL := /bin/sh
+BIN := .venv/bin
+export DAGSTER_HOME := $(CURDIR)/var/dagster
+
+.PHONY: dev test format clean
+
+# The web UI on http://127.0.0.1:3000, with sensors, schedules and, without POLYGON_API_KEY, the simulated demo.
+dev: $(BIN)/.installed $(DAGSTER_HOME)/dagster.yaml
+	$(BIN)/dagster dev --host 127.0.0.1 --port 3000
+
+test: $(BIN)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: $(BIN)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+
+$(BIN)/python:
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is older than 3.11")'
+	python3 -m venv .venv
+
+$(BIN)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(DAGSTER_HOME)/dagster.yaml: deploy/local/dagster.yaml
+	mkdir -p $(DAGSTER_HOME)
+	cp $< $@
