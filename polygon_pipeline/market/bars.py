@@ -1,0 +1,77 @@
+"""What a bar is, and what makes one acceptable.
+
+Belongs here: the bar itself, the channels it comes in, and the rules any bar must keep before it may be stored.
+Does not belong here: how a vendor spells it (polygon.messages) or how it is kept (lake).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Channel(StrEnum):
+    """The vendor's two aggregate streams."""
+
+    MINUTE = "AM"
+    SECOND = "A"
+
+
+class Bar(NamedTuple):
+    """One ticker's trades of one window.
+
+    start_ms is the window's start in Unix ms (UTC). Prices are US dollars, unadjusted. volume is in shares, an int
+    when it is whole and a float when the feed reports fractional shares. vwap may be absent, and may lie outside
+    low..high.
+    """
+
+    ticker: str
+    start_ms: int
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: int | float
+    vwap: float | None
+
+
+EARLIEST_MS = int(datetime(2003, 1, 1, tzinfo=UTC).timestamp() * 1000)
+
+# A ticker becomes part of a path, so nothing that could leave its folder; and 64 characters, because a file
+# system takes 255 bytes a name and US symbols have at most a dozen. Case and dots are the ticker's own.
+_TICKER = re.compile(r"(?!\.\.?$)(?!.*\.\.)[^\x00-\x1f\x7f-\x9f/\\\u2028\u2029]{1,64}")
+
+
+def ticker_fault(ticker: str) -> str | None:
+    """Why this cannot be a ticker, or None if it can."""
+    if not ticker:
+        return "the ticker is empty"
+    if not _TICKER.fullmatch(ticker):
+        return "the ticker has a '/', '\\', '..' or control character, or more than 64 characters"
+    return None
+
+
+def timestamp_fault(start_ms: int, now: datetime) -> str | None:
+    """Why this cannot be a bar's start, or None if it can. now: the aware time it arrived."""
+    tomorrow = (now + timedelta(days=1)).timestamp() * 1000
+    if not EARLIEST_MS <= start_ms <= tomorrow:
+        return f"the timestamp {start_ms} is not between 2003 and tomorrow (Unix ms)"
+    if start_ms % 1000:
+        return f"the timestamp {start_ms} is not on a whole second, which is all that a key can hold"
+    return None
+
+
+def shares(value: int | float | str) -> int | float:
+    """A volume in shares: an int if whole, else a float. Takes the feed's decimal strings; ValueError if no number."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a finite number")
+    return int(number) if number.is_integer() else number
+
+
+def iso_seconds(start_ms: int) -> str:
+    """Unix ms as `2026-01-26T18:30:00Z`."""
+    return datetime.fromtimestamp(start_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,61 @@
+"""The datasets' columns: names, types, units and meaning. What is written is held against these.
+
+Belongs here: the schemas. Does not belong here: how rows are made (market.transform).
+All timestamps are UTC; prices are US dollars, unadjusted; volumes are shares.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+_TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+
+def _schema(*columns: tuple[str, pa.DataType, str]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, metadata={"description": text}) for name, kind, text in columns])
+
+
+_OHLCV = (
+    ("open", pa.float64(), "First price"),
+    ("high", pa.float64(), "Highest price"),
+    ("low", pa.float64(), "Lowest price"),
+    ("close", pa.float64(), "Last price"),
+    ("volume", pa.float64(), "Shares traded, with fractions when the feed reports them"),
+    ("vwap", pa.float64(), "Volume-weighted average price; the vendor's may lie outside low..high"),
+)
+
+NORMALIZED_BARS = _schema(
+    ("ticker", pa.string(), "Symbol, in the vendor's spelling and case"),
+    ("timestamp", _TIMESTAMP, "Start of the bar's window"),
+    *_OHLCV,
+    ("day_open", pa.float64(), "The day's official open; null before 09:30 and where the feed does not say"),
+    ("day_volume", pa.float64(), "The day's volume so far; may differ slightly from the sum of bars"),
+    ("day_vwap", pa.float64(), "The day's VWAP so far"),
+    ("average_trade_size", pa.float64(), "Shares a trade in the window"),
+    ("otc", pa.bool_(), "Whether the ticker trades over the counter; null where the source does not say"),
+    ("transactions", pa.int64(), "Trades in the window; only the vendor's history has it"),
+    ("session", pa.string(), "pre, regular or post: the part of the trading day the window starts in"),
+    ("revisions", pa.int64(), "How many times the bar was received; the last is the one kept"),
+    ("received_at", _TIMESTAMP, "When the kept revision arrived"),
+    ("source", pa.string(), "websocket, rest or flat_file"),
+)
+
+RESAMPLED_BARS = _schema(
+    ("ticker", pa.string(), "Symbol"),
+    ("timestamp", _TIMESTAMP, "Start of the bucket, aligned to the clock"),
+    *_OHLCV,
+    ("bar_count", pa.int64(), "Minute bars in the bucket"),
+    ("session", pa.string(), "Part of the day the bucket's first bar is in; the 09:00 hour holds pre and regular"),
+)
+
+DAILY_BARS = _schema(
+    ("ticker", pa.string(), "Symbol"),
+    ("date", pa.date32(), "Session date, New York"),
+    *((name, kind, f"{text}, regular hours only") for name, kind, text in _OHLCV),
+    ("pre_market_volume", pa.float64(), "Shares traded before the regular open"),
+    ("after_hours_volume", pa.float64(), "Shares traded after the regular close; the closing auction prints here"),
+    ("bar_count", pa.int64(), "Regular-hours minute bars"),
+    ("first_bar", _TIMESTAMP, "Start of the first regular-hours bar; null if there was none"),
+    ("last_bar", _TIMESTAMP, "Start of the last regular-hours bar; null if there was none"),
+    ("official_open", pa.float64(), "The day's official open as the feed reported it; null where it did not"),
+)
