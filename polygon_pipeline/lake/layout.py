@@ -1,0 +1,67 @@
+"""Every key of the lake, made by pure functions.
+
+Belongs here: what is called what, and how to read a name back. Does not belong here: reading or writing anything.
+All dates are session dates in New York time, so that one prefix is one daily partition.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+
+from polygon_pipeline.market.bars import Channel, iso_seconds
+
+# Which feed fills this lake: simulated and real data are never mixed.
+FEED_KEY = "feed.json"
+
+_RAW = {Channel.MINUTE: "raw-data", Channel.SECOND: "raw-data-second"}
+
+
+def raw_prefix(channel: Channel, day: date) -> str:
+    return f"{_RAW[channel]}/{day.isoformat()}/"
+
+
+def raw_key(channel: Channel, day: date, ticker: str, start_ms: int) -> str:
+    """`raw-data/2026-01-26/SPY/2026-01-26T18:30:00Z.json`: one bar's record."""
+    return f"{_RAW[channel]}/{day.isoformat()}/{ticker}/{iso_seconds(start_ms)}.json"
+
+
+def parse_raw_key(key: str) -> tuple[str, int] | None:
+    """The ticker and start (Unix ms) a raw-data key names, or None if it is not one."""
+    parts = key.split("/")
+    if len(parts) != 4 or not parts[3].endswith(".json"):
+        return None
+    try:
+        start = datetime.strptime(parts[3].removesuffix(".json"), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+    return parts[2], int(start.timestamp()) * 1000
+
+
+def frames_prefix(day: date) -> str:
+    return f"raw-frames/{day.isoformat()}/"
+
+
+def frames_key(day: date, run: str, segment: int) -> str:
+    """`raw-frames/2026-01-26/RUN-000007.jsonl.zst`: the frames of one journal segment that concern the day."""
+    return f"{frames_prefix(day)}{run}-{segment:06d}.jsonl.zst"
+
+
+def quarantine_prefix(day: date) -> str:
+    return f"quarantine/{day.isoformat()}/"
+
+
+def quarantine_key(day: date, run: str, segment: int) -> str:
+    return f"{quarantine_prefix(day)}{run}-{segment:06d}.jsonl"
+
+
+def ledger_prefix(day: date) -> str:
+    return f"ledger/{day.isoformat()}/"
+
+
+def ledger_key(day: date, run: str) -> str:
+    return f"{ledger_prefix(day)}{run}.json"
+
+
+def dataset_key(name: str, day: str) -> str:
+    """`datasets/normalized_bars/date=2026-01-26/data.parquet`. day: a partition key, YYYY-MM-DD."""
+    return f"datasets/{name}/date={day}/data.parquet"

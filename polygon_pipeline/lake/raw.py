@@ -1,0 +1,80 @@
+"""A day's raw data, fetched and handed to the transformation.
+
+Belongs here: finding and fetching raw-frames and raw-data, and saying which objects could not be read. Does not
+belong here: what a normalized row is (market.transform).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import msgspec
+
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.objects import decode_record
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.calendar import session_date
+from polygon_pipeline.market.transform import Normalization
+
+
+@dataclass
+class RawDay:
+    """What a day was normalized from. unreadable: keys of objects that could not be read, each with the reason."""
+
+    frame_files: int = 0
+    records: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def normalize_day(lake: Lake, day: date, channel: Channel, target: Path, folder: Path) -> RawDay:
+    """Writes a day's normalized bars to a local Parquet file, from raw-frames and the raw-data they do not cover.
+
+    The frames are the fuller record, so an object is read only where no frame has its bar: a bucket that another
+    program fills in the specified format normalizes just as well. folder: an empty local folder. Raises NoBars.
+    """
+    raw = RawDay()
+    with Normalization(day, channel, folder) as normalization:
+        files = _fetch_frames(lake, day, folder)
+        raw.frame_files = len(files)
+        for file, fault in normalization.add_frames(list(files)).items():
+            raw.unreadable[files[file]] = fault
+        keys = {bar: key for key in lake.keys(layout.raw_prefix(channel, day)) if (bar := layout.parse_raw_key(key))}
+        uncovered = [keys[bar] for bar in normalization.uncovered(keys)]
+        if uncovered:
+            records = folder / "records.jsonl"
+            raw.records = _fetch_records(lake, uncovered, day, records, raw.unreadable)
+            normalization.add_records(records)
+        normalization.write(target)
+    return raw
+
+
+def _fetch_frames(lake: Lake, day: date, folder: Path) -> dict[Path, str]:
+    """Fetches the day's raw-frames; returns their keys by local file."""
+    keys = {folder / f"{number:06d}.jsonl.zst": key for number, key in enumerate(lake.keys(layout.frames_prefix(day)))}
+    paths = {key: path for path, key in keys.items()}
+    lake.get_many(list(paths), lambda key, content: paths[key].write_bytes(content))
+    return keys
+
+
+def _fetch_records(lake: Lake, keys: list[str], day: date, target: Path, unreadable: dict[str, str]) -> int:
+    """Fetches raw-data objects into one file of a record a line; returns how many could be read."""
+    lines: dict[str, bytes] = {}
+
+    def use(key: str, content: bytes) -> None:
+        try:
+            record = decode_record(content)
+        except ValueError as error:
+            unreadable[key] = str(error)
+            return
+        start_ms = record.start_ms()
+        if (record.ticker, start_ms) != layout.parse_raw_key(key) or session_date(start_ms) != day:
+            unreadable[key] = f"the record inside is of {record.ticker} at {record.timestamp}, not what the key says"
+            return
+        lines[key] = msgspec.json.encode(record) + b"\n"
+
+    lake.get_many(keys, use)
+    target.write_bytes(b"".join(line for _, line in sorted(lines.items())))
+    return len(lines)

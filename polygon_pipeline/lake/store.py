@@ -1,0 +1,191 @@
+"""The store behind the lake: one code path for `s3://bucket/prefix` and `file:///path`, on obstore.
+
+Belongs here: opening a store, its credentials and timeouts, moving many objects, and telling permanent faults from
+passing ones. Does not belong here: keys (lake.layout) and what the objects contain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+import obstore
+from obstore.exceptions import (
+    BaseError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, S3Store
+
+from polygon_pipeline.lake import layout
+
+if TYPE_CHECKING:
+    import boto3
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+T = TypeVar("T")
+
+# obstore raises Python's own error for a missing object, and its own for a missing bucket.
+NOT_FOUND = (NotFoundError, FileNotFoundError)
+
+# What a store's faults look like: obstore's own errors, and a local disk's.
+STORE_ERRORS = (BaseError, OSError)
+
+# Small objects in flight at once. S3 answers in 20-50 ms, so 64 make some 2,000 a second, and local servers are
+# saturated by fewer; more connections cost the server and gain nothing.
+CONCURRENCY = 64
+
+# obstore tries again by itself; whoever must not give up tries again around it.
+_RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
+
+
+class LakeError(Exception):
+    """The lake cannot be used as it is configured; the text says what to mend."""
+
+
+@dataclass(frozen=True)
+class S3Access:
+    """How to reach S3. endpoint_url: None for AWS itself."""
+
+    session: boto3.Session
+    endpoint_url: str | None = None
+    unsigned: bool = False
+    verify_certificates: bool = True
+
+
+@dataclass(frozen=True)
+class Lake:
+    """A lake's root: an object store and the URI that people know it by."""
+
+    uri: str
+    store: ObjectStore
+
+    @property
+    def is_s3(self) -> bool:
+        return self.uri.startswith("s3://")
+
+    def url(self, key: str) -> str:
+        return f"{self.uri.rstrip('/')}/{key}"
+
+    def put(self, key: str, content: bytes | Path) -> None:
+        """Writes one object, atomically: readers see the old one or the new one."""
+        obstore.put(self.store, key, content)
+
+    def get(self, key: str) -> bytes | None:
+        """The object's content, or None if there is none."""
+        try:
+            return bytes(obstore.get(self.store, key).bytes())
+        except NOT_FOUND:
+            return None
+
+    def keys(self, prefix: str) -> list[str]:
+        """All keys below a prefix, sorted."""
+        return sorted(meta["path"] for page in obstore.list(self.store, prefix) for meta in page)
+
+    def get_many(self, keys: Sequence[str], use: Callable[[str, bytes], object]) -> None:
+        """Fetches many objects, many at a time, and calls `use(key, content)` for each, in no order."""
+
+        async def fetch(key: str) -> None:
+            result = await obstore.get_async(self.store, key)
+            use(key, bytes(await result.bytes_async()))
+
+        asyncio.run(for_each(keys, fetch))
+
+    def claim(self, feed: str) -> None:
+        """Says which feed fills this lake ("polygon" or "simulated"), and proves that it can be read and written.
+
+        Raises LakeError where another feed's data is kept here, or where the store refuses the credentials.
+        """
+        content = msgspec.json.encode({"feed": feed})
+        try:
+            found = self.get(layout.FEED_KEY)
+            if found is not None and found != content:
+                raise LakeError(
+                    f"{self.uri} holds another feed's data ({found.decode(errors='replace')}), and this collector's is "
+                    f"{feed}. Simulated and real data are never mixed: point LAKE_URI at another place."
+                )
+            self.put(layout.FEED_KEY, content)
+        except STORE_ERRORS as error:
+            raise permanent_fault(error, self.uri) or error from error
+
+
+def permanent_fault(error: BaseException, uri: str) -> LakeError | None:
+    """The same fault as a LakeError that says what to mend, or None where it may pass by itself."""
+    if isinstance(error, NOT_FOUND) or "NoSuchBucket" in str(error):
+        return LakeError(f"{uri} does not exist. Create the bucket or correct LAKE_URI. ({brief(error)})")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
+        return LakeError(
+            f"{uri} refuses these credentials. Check AWS_* and that they may get, put, list and delete objects there. "
+            f"({brief(error)})"
+        )
+    return None
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
+    """Awaits work(item) for every item, CONCURRENCY at a time. The first error ends the others and is raised."""
+    remaining = iter(items)
+
+    async def worker() -> None:
+        for item in remaining:
+            await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(CONCURRENCY):
+                group.create_task(worker())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def open_lake(uri: str, s3: Callable[[], S3Access]) -> Lake:
+    """Opens `s3://bucket[/prefix]` or `file:///path`. s3 is asked for access only where it is needed.
+
+    Raises LakeError for another scheme. Nothing is read or written, but a local folder is made.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and not parts.netloc and parts.path:
+        root = Path(unquote(parts.path))
+        root.mkdir(parents=True, exist_ok=True)
+        return Lake(uri, LocalStore(root))
+    if parts.scheme == "s3" and parts.netloc:
+        return Lake(uri, _s3_store(parts.netloc, parts.path.strip("/"), s3()))
+    raise LakeError(f"LAKE_URI is {uri!r}; it must be s3://bucket/prefix or file:///absolute/path.")
+
+
+def _s3_store(bucket: str, prefix: str, access: S3Access) -> S3Store:
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    client: ClientConfig = {
+        "timeout": timedelta(seconds=60),
+        "connect_timeout": timedelta(seconds=5),
+        "allow_http": True,  # plain http is refused for anything but loopback where the endpoint is configured
+        "allow_invalid_certificates": not access.verify_certificates,
+    }
+    if not access.unsigned and access.session.get_credentials() is None:
+        raise LakeError(
+            "No AWS credentials were found for LAKE_URI. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "AWS_PROFILE, or give the machine a role."
+        )
+    return S3Store(
+        bucket,
+        prefix=prefix or None,
+        region=access.session.region_name or "us-east-1",
+        endpoint=access.endpoint_url,
+        skip_signature=access.unsigned,
+        credential_provider=None if access.unsigned else Boto3CredentialProvider(access.session),
+        client_options=client,
+        retry_config=_RETRY,
+    )
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line: obstore appends its whole chain of causes."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
