@@ -1,0 +1,162 @@
+"""A run's account: what came in, what became of it, and when it was connected. It balances, or something is wrong.
+
+Belongs here: counting, balancing, and the ledger made of it. Does not belong here: where the ledger is kept.
+
+    events = bars + statuses + other events + quarantined                          in every run
+    bars   = objects + revisions                                                   for every day and channel
+                                                                                   of a run that writes objects
+
+objects: bars whose object did not exist before this run; revisions: bars that replaced an object's earlier revision
+(or were replaced by a later one before they were written). So the objects of all runs of a day are the objects on
+the lake.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+
+import msgspec
+
+from polygon_pipeline.collector.journal import JournalHeader
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.polygon.messages import Frame
+from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
+
+
+class Connected(msgspec.Struct):
+    """A time in which bars flowed. until: None while it lasts."""
+
+    since: datetime
+    until: datetime | None = None
+    ended_by: str = ""
+
+
+class Gap(msgspec.Struct):
+    """A time between two connections, in which bars may have been lost: nothing is replayed."""
+
+    start: datetime
+    end: datetime | None
+    cause: str
+
+
+class DayCount(msgspec.Struct):
+    """The bars of one session date and channel."""
+
+    bars: int = 0
+    objects: int = 0
+    revisions: int = 0
+
+
+class Account(msgspec.Struct):
+    """What a run received, published so far. days: session date, then channel."""
+
+    frames: int = 0
+    events: int = 0
+    bars: int = 0
+    statuses: int = 0
+    other: dict[str, int] = msgspec.field(default_factory=dict)
+    quarantined: int = 0
+    torn_bytes: int = 0
+    days: dict[date, dict[Channel, DayCount]] = msgspec.field(default_factory=dict)
+    connections: list[Connected] = msgspec.field(default_factory=list)
+    warnings: list[str] = msgspec.field(default_factory=list)
+    last_received_at: datetime | None = None
+    ended_by: str = ""
+
+    def add_frame(self, frame: Frame, received_at: datetime) -> None:
+        self.frames += 1
+        self.events += frame.events
+        self.bars += len(frame.bars)
+        self.statuses += len(frame.statuses)
+        self.quarantined += len(frame.refused)
+        for kind in frame.other:
+            self.other[kind] = self.other.get(kind, 0) + 1
+        self.last_received_at = received_at
+
+    def day(self, day: date, channel: Channel) -> DayCount:
+        return self.days.setdefault(day, {}).setdefault(channel, DayCount())
+
+    def add_event(self, event: ConnectionEvent, at: datetime) -> None:
+        match event.kind:
+            case EventKind.SUBSCRIBED:
+                self.connections.append(Connected(at))
+            case EventKind.DISCONNECTED | EventKind.REFUSED:
+                self._end_connection(at, event.detail)
+            case EventKind.ENDED:
+                self._end_connection(at, event.detail)
+                self.ended_by = event.detail
+            case EventKind.WARNED | EventKind.UNACKNOWLEDGED:
+                self.warnings = [*self.warnings, f"{at:%Y-%m-%dT%H:%M:%SZ} {event.detail}"][-100:]
+            case EventKind.CONNECTED:
+                pass
+
+    def gaps(self) -> list[Gap]:
+        """The times between connections; the last is open while the run is not connected."""
+        ends = [connection.since for connection in self.connections[1:]]
+        return [
+            Gap(connection.until, end, connection.ended_by)
+            for connection, end in zip(self.connections, [*ends, None], strict=False)
+            if connection.until and (end or not self.ended_by)
+        ]
+
+    def imbalance(self, write_objects: bool) -> list[str]:
+        """What does not add up, in words; empty when the account balances."""
+        faults = []
+        parts = self.bars + self.statuses + sum(self.other.values()) + self.quarantined
+        if self.events != parts:
+            faults.append(f"{self.events} events came in, but {parts} are accounted for")
+        by_day = sum(count.bars for channels in self.days.values() for count in channels.values())
+        if by_day != self.bars:
+            faults.append(f"{self.bars} bars came in, but {by_day} are accounted for by day")
+        if write_objects:
+            for day, channels in self.days.items():
+                for channel, count in channels.items():
+                    if count.bars != count.objects + count.revisions:
+                        faults.append(
+                            f"{day} {channel}: {count.bars} bars, but {count.objects} objects and "
+                            f"{count.revisions} superseded revisions"
+                        )
+        return faults
+
+    def _end_connection(self, at: datetime, cause: str) -> None:
+        if self.connections and self.connections[-1].until is None:
+            self.connections[-1].until = at
+            self.connections[-1].ended_by = cause
+
+
+class Ledger(msgspec.Struct):
+    """The account as it is kept on the lake, `ledger/YYYY-MM-DD/RUN.json`. complete: the run is over and published."""
+
+    run: str
+    feed: str
+    session_date: date
+    started_at: datetime
+    complete: bool
+    write_objects: bool
+    write_frames: bool
+    imbalance: list[str]
+    account: Account
+    gaps: list[Gap]
+
+
+def make_ledger(header: JournalHeader, account: Account, complete: bool) -> Ledger:
+    return Ledger(
+        run=header.run,
+        feed=header.feed,
+        session_date=header.session_date,
+        started_at=header.started_at,
+        complete=complete,
+        write_objects=header.write_objects,
+        write_frames=header.write_frames,
+        imbalance=account.imbalance(header.write_objects),
+        account=account,
+        gaps=account.gaps(),
+    )
+
+
+def encode_ledger(ledger: Ledger) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(ledger), indent=2)
+
+
+def decode_ledger(content: bytes) -> Ledger:
+    return msgspec.json.decode(content, type=Ledger)

@@ -1,0 +1,316 @@
+"""The journal: everything a run received, on local disk and synced, until it is on the lake.
+
+Belongs here: the files' format, appending, syncing, rotating, finding and locking what dead runs left. Does not
+belong here: what becomes of the records (collector.publisher).
+
+A run's folder in JOURNAL_DIR:
+
+    journal.json            who wrote it and where it is to be published (JournalHeader)
+    lock                    held (flock) by the one process that works on the folder
+    state.json              how far it is published (collector.publisher)
+    000001.segment …        records: length, CRC-32, time, kind, payload
+
+A record counts once it is synced: readers are given nothing beyond `Journal.end_of`. The last record of a killed
+run may be torn; its CRC says so, and it was never given to anyone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+# A segment becomes one archive object, and is held in memory while it does.
+SEGMENT_BYTES = 16 * 1024 * 1024
+# A full disk would lose frames: the run fails while there is room to end cleanly.
+MIN_FREE_BYTES = 256 * 1024 * 1024
+
+_HEAD = struct.Struct("<IIQB")  # payload length, CRC-32 of what follows it, Unix microseconds, kind
+
+
+class Kind(IntEnum):
+    FRAME = 1
+    EVENT = 2
+
+
+class Record(NamedTuple):
+    """One record. payload: a frame as received, or a connection event as JSON. end: the offset behind it."""
+
+    kind: Kind
+    received_at: datetime
+    payload: bytes
+    end: int
+
+
+class JournalError(Exception):
+    """The journal cannot be written; the text says why and what to do."""
+
+
+class JournalHeader(msgspec.Struct, frozen=True):
+    """What recovery must know of the run that wrote a journal."""
+
+    run: str
+    session_date: date
+    lake_uri: str
+    feed: str
+    started_at: datetime
+    write_objects: bool
+    write_frames: bool
+
+
+class Segments:
+    """The reading side of a run's folder, which this process has locked."""
+
+    def __init__(self, folder: Path, lock_file: int) -> None:
+        self.folder = folder
+        self._lock_file = lock_file
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.segment"
+
+    def numbers(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("*.segment"))
+
+    def end_of(self, number: int) -> tuple[int, bool]:
+        """How far a segment may be read, and whether nothing will be added to it."""
+        raise NotImplementedError
+
+    def torn_tail(self, number: int) -> bytes:
+        """What a closed segment holds behind its last whole record: a write that a kill cut short."""
+        with self.path(number).open("rb") as file:
+            file.seek(self.end_of(number)[0])
+            return file.read()
+
+    def backlog_bytes(self) -> int:
+        """What waits on disk to be published."""
+        return sum(self.path(number).stat().st_size for number in self.numbers() if self.path(number).exists())
+
+    def read(self, number: int, start: int, end: int) -> Iterator[Record]:
+        """The records from offset start to end, which must be boundaries that `end_of` or a record gave."""
+        with self.path(number).open("rb") as file:
+            file.seek(start)
+            yield from _records(file.read(end - start), start)
+
+    def discard(self) -> None:
+        """Removes the folder: everything in it is on the lake."""
+        shutil.rmtree(self.folder)
+        os.close(self._lock_file)
+
+    def release(self) -> None:
+        """Leaves the folder to the next start."""
+        os.close(self._lock_file)
+
+
+class Journal(Segments):
+    """The journal of a run under way. append() is for one thread; everything else for any.
+
+    append() only writes: a thread of the journal's own syncs whatever has come since the last sync, so a slow disk
+    makes larger groups instead of a slower socket.
+    """
+
+    def __init__(self, root: Path, header: JournalHeader, segment_bytes: int = SEGMENT_BYTES) -> None:
+        folder = root / header.run
+        folder.mkdir(parents=True)
+        super().__init__(folder, _lock(folder))
+        self._segment_bytes = segment_bytes
+        self._changed = threading.Condition()
+        self._last_us = 0
+        self._closed: dict[int, int] = {}
+        self._closing: list[tuple[int, int, int]] = []
+        self._number = 0
+        self._file = -1
+        self._written = self._synced = 0
+        self._failure: JournalError | None = None
+        self._is_open = True
+        self._open_next()
+        # Last, because a folder is a journal once it has a header: nobody takes up a folder that is being made.
+        write_atomically(self.folder / "journal.json", msgspec.json.encode(header))
+        self._syncer = threading.Thread(target=self._sync_until_closed, name="journal-sync", daemon=True)
+        self._syncer.start()
+
+    def append(self, kind: Kind, payload: bytes) -> None:
+        """Adds one record, stamped with the time. Raises JournalError when it cannot be kept."""
+        with self._changed:
+            if self._failure:
+                raise self._failure
+            # Strictly increasing, so that the time alone orders a bar's revisions.
+            self._last_us = max(time.time_ns() // 1000, self._last_us + 1)
+            body = struct.pack("<QB", self._last_us, kind)
+            head = struct.pack("<II", len(payload), zlib.crc32(payload, zlib.crc32(body)))
+            try:
+                _write_all(self._file, head + body + payload)
+            except OSError as error:
+                os.ftruncate(self._file, self._written)
+                self._failure = JournalError(f"The journal {self.folder} cannot be written: {error}. Free some space.")
+                raise self._failure from error
+            self._written += _HEAD.size + len(payload)
+            if self._written >= self._segment_bytes:
+                self._close_segment()
+            self._changed.notify_all()
+
+    def rotate(self) -> None:
+        """Closes the segment under way, so that it is archived now. Does nothing to an empty one."""
+        with self._changed:
+            if self._is_open and self._written:
+                self._close_segment()
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Syncs and closes; what is there stays to be published. Raises JournalError if syncing fails."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
+        self._syncer.join()
+        if self._failure:
+            raise self._failure
+
+    def end_of(self, number: int) -> tuple[int, bool]:
+        with self._changed:
+            if number in self._closed:
+                return self._closed[number], True
+            return (self._synced, False) if number == self._number else (0, False)
+
+    def wait(self, number: int, offset: int, seconds: float) -> None:
+        """Waits until there is something to read behind that offset, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: number in self._closed or (number == self._number and self._synced > offset), seconds
+            )
+
+    def _close_segment(self) -> None:
+        self._closing.append((self._number, self._file, self._written))
+        self._open_next()
+
+    def _open_next(self) -> None:
+        self._number += 1
+        self._file = os.open(self.path(self._number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._written = self._synced = 0
+        _sync_folder(self.folder)
+
+    def _sync_until_closed(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: self._closing or self._written > self._synced or not self._is_open, timeout=1
+                    )
+                    closing, self._closing = self._closing, []
+                    number, file, written = self._number, self._file, self._written
+                    last = not self._is_open and not closing and written == self._synced
+                for _, closed_file, _ in closing:
+                    os.fdatasync(closed_file)
+                    os.close(closed_file)
+                if written > self._synced:
+                    os.fdatasync(file)
+                self._check_space()
+                with self._changed:
+                    self._closed.update({closed: size for closed, _, size in closing})
+                    if number == self._number:
+                        self._synced = max(self._synced, written)
+                    if last:
+                        os.close(self._file)
+                        self._closed[self._number] = self._written
+                    self._changed.notify_all()
+                if last:
+                    return
+        except OSError as error:
+            with self._changed:
+                self._failure = JournalError(f"The journal {self.folder} cannot be synced: {error}.")
+                self._changed.notify_all()
+
+    def _check_space(self) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < MIN_FREE_BYTES and not self._failure:
+            self._failure = JournalError(
+                f"The disk of JOURNAL_DIR ({self.folder}) has only {free >> 20} MiB left. The collector stops while "
+                "it can still keep what it has received: free some space, or let the lake take the backlog."
+            )
+
+
+class LeftoverJournal(Segments):
+    """The journal of a dead run, taken up by this process: nothing is added to it."""
+
+    def __init__(self, folder: Path, lock_file: int) -> None:
+        super().__init__(folder, lock_file)
+        self.header = msgspec.json.decode((folder / "journal.json").read_bytes(), type=JournalHeader)
+
+    def end_of(self, number: int) -> tuple[int, bool]:
+        if not self.path(number).exists():
+            return 0, False
+        return max((record.end for record in _records(self.path(number).read_bytes(), 0)), default=0), True
+
+
+def leftovers(root: Path) -> list[LeftoverJournal]:
+    """Locks and returns the journals below JOURNAL_DIR that no process works on, oldest run first."""
+    found = []
+    for header in sorted(root.glob("*/journal.json")):
+        try:
+            lock_file = _lock(header.parent)
+        except BlockingIOError:
+            continue  # its run is alive
+        if not header.exists():  # published and removed while we looked
+            os.close(lock_file)
+            continue
+        found.append(LeftoverJournal(header.parent, lock_file))
+    return found
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file so that a crash leaves the old content or the new, synced."""
+    temporary = path.with_suffix(".new")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _records(content: bytes, offset: int) -> Iterator[Record]:
+    """The records in content, which begins at offset of its file; stops at the first that is not whole."""
+    at = 0
+    while at + _HEAD.size <= len(content):
+        length, checksum, received_us, kind = _HEAD.unpack_from(content, at)
+        begin = at + _HEAD.size
+        payload = content[begin : begin + length]
+        if len(payload) < length or checksum != zlib.crc32(payload, zlib.crc32(content[at + 8 : begin])):
+            return
+        at = begin + length
+        received_at = datetime.fromtimestamp(received_us / 1_000_000, UTC)
+        yield Record(Kind(kind), received_at, payload, offset + at)
+
+
+def _write_all(file: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _lock(folder: Path) -> int:
+    """Takes the folder's lock, which ends with the process; BlockingIOError if another has it."""
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise
+    return file
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

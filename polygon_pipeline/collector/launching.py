@@ -1,0 +1,118 @@
+"""Should a collector start now? Pure decisions from the clock, the calendar and the runs there have been.
+
+Belongs here: when a session is collected, and how soon after a failure again. Does not belong here: asking Dagster
+for its runs, or starting one (defs.sensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from enum import Enum, auto
+
+from polygon_pipeline.market.calendar import NEW_YORK, completed_sessions, current_or_next_session, session
+
+# Bars are revised for about 15 minutes after their end; the last ones of after hours are waited for.
+REVISIONS = timedelta(minutes=20)
+DEMO_SESSIONS = 5
+_FIRST_PAUSE = timedelta(seconds=30)
+_LONGEST_PAUSE = timedelta(minutes=10)
+
+
+class Outcome(Enum):
+    """What became of a run. STOPPED: somebody terminated it; INTERRUPTED: its process was told to end or died."""
+
+    ACTIVE = auto()
+    SUCCEEDED = auto()
+    STOPPED = auto()
+    INTERRUPTED = auto()
+    FAILED = auto()
+    FAILED_FOR_GOOD = auto()  # credentials or configuration: trying again cannot help
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A collector run of one feed. ended_at: aware, None while it is active."""
+
+    session_date: date
+    outcome: Outcome
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start a run. attempt: 1 for the session's first."""
+
+    session_date: date
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Start nothing; the reason says what is waited for."""
+
+    reason: str
+
+
+def session_end(day: date) -> datetime:
+    """When the collector of a session may end: after the last revisions."""
+    found = session(day)
+    if found is None:
+        raise ValueError(f"{day} is not a trading day")
+    return found.post_close + REVISIONS
+
+
+def decide_live(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> Start | Wait:
+    """Collects every session from the opening of pre-market until the last revisions are in.
+
+    runs: this feed's, newest first. loaded_at: when the code location read its environment; a failure for good
+    before that may have been mended since.
+    """
+    found = current_or_next_session(now - REVISIONS)
+    if now < found.pre_open:
+        opening = found.pre_open.astimezone(NEW_YORK)
+        return Wait(f"the market is closed; collecting starts {opening:%A %Y-%m-%d %H:%M} New York")
+    return _start_or_wait(found.date, now, loaded_at, runs)
+
+
+def decide_demo(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> Start | Wait:
+    """Plays the last five complete sessions, oldest first, a run each, then rests."""
+    days = completed_sessions(now, DEMO_SESSIONS)
+    for day in days:
+        decision = _start_or_wait(day, now, loaded_at, runs)
+        done = any(run.session_date == day and run.outcome in (Outcome.SUCCEEDED, Outcome.STOPPED) for run in runs)
+        if isinstance(decision, Start) or not done or any(run.outcome is Outcome.ACTIVE for run in runs):
+            return decision
+    return Wait(
+        f"the simulated sessions from {days[0]} to {days[-1]} are played; set POLYGON_API_KEY to collect the market"
+    )
+
+
+def _start_or_wait(day: date, now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> Start | Wait:
+    if active := next((run for run in runs if run.outcome is Outcome.ACTIVE), None):
+        return Wait(f"a collector is at work on {active.session_date}")
+    mine = [run for run in runs if run.session_date == day]
+    if not mine:
+        return Start(day, 1)
+    last, attempt = mine[0], len(mine) + 1
+    match last.outcome:
+        case Outcome.SUCCEEDED:
+            return Wait(f"{day} is collected")
+        case Outcome.STOPPED:
+            return Wait(f"the collector of {day} was terminated by hand; launch collect_aggregates to go on")
+        case Outcome.FAILED_FOR_GOOD if last.ended_at and last.ended_at > loaded_at:
+            return Wait(
+                f"attempt {len(mine)} at {day} failed in a way that trying again cannot mend; see its error, then "
+                "restart Dagster (the environment is read at start)"
+            )
+    failures = 0
+    for run in mine:
+        if run.outcome is not Outcome.FAILED:
+            break
+        failures += 1
+    # The first failure is answered at once; a run that keeps failing is given time.
+    pause = min(_FIRST_PAUSE * 2 ** min(failures - 2, 10), _LONGEST_PAUSE) if failures > 1 else timedelta()
+    if last.ended_at and now < last.ended_at + pause:
+        return Wait(f"attempt {len(mine)} at {day} failed; the next is due {last.ended_at + pause:%H:%M:%S} UTC")
+    return Start(day, attempt)

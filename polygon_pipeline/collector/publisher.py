@@ -1,0 +1,272 @@
+"""Publishes one journal to the lake: objects, frames, quarantine and ledger. The journal is its queue.
+
+Belongs here: what goes where, in which order, so that a crash at any moment loses and doubles nothing. Does not
+belong here: threads, retrying and when to stop (collector.collector).
+
+How that is so. The state file says up to which record the account counts. It is written, synced, before the objects
+of those records are put; so after a crash they are put again, and not counted again. An object is written under a
+condition (it did not exist, or it is the older revision that was just read), so a late retry of an older revision
+cannot overwrite a newer one. A segment's archive is made of the whole segment, so putting it again writes the same
+bytes under the same key. A segment is deleted when all of it is on the lake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import date
+
+import msgspec
+import obstore
+from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+from polygon_pipeline.collector.account import Account, encode_ledger, make_ledger
+from polygon_pipeline.collector.journal import JournalHeader, Kind, Record, Segments, write_atomically
+from polygon_pipeline.lake import frames, layout
+from polygon_pipeline.lake.objects import decode_record, encode_record
+from polygon_pipeline.lake.store import NOT_FOUND, Lake, for_each
+from polygon_pipeline.market.bars import Bar, Channel
+from polygon_pipeline.market.calendar import session_date
+from polygon_pipeline.polygon.messages import Frame, decode_frame
+from polygon_pipeline.polygon.stream import ConnectionEvent
+
+# Read from the journal at once: some 20,000 bars, which bounds both memory and the work repeated after a crash.
+BATCH_BYTES = 4 * 1024 * 1024
+
+_decode_event = msgspec.json.Decoder(ConnectionEvent).decode
+
+
+class _State(msgspec.Struct):
+    """How far a journal is published. The account covers everything before `end` of `segment`; the objects of the
+    records from `start` to `end` may not be written yet."""
+
+    segment: int = 1
+    start: int = 0
+    end: int = 0
+    account: Account = msgspec.field(default_factory=Account)
+
+
+class Publisher:
+    """Publishes a journal step by step. Not thread-safe. Steps raise the store's errors and can be tried again."""
+
+    def __init__(self, lake: Lake, journal: Segments, header: JournalHeader, batch_bytes: int = BATCH_BYTES) -> None:
+        self._lake = lake
+        self._journal = journal
+        self._header = header
+        self._batch_bytes = batch_bytes
+        self._state_path = journal.folder / "state.json"
+        self._state = _State()
+        self._pending: dict[str, bytes] = {}  # the objects of the last batch, until all are put
+        self._lines: dict[date, list[bytes]] = defaultdict(list)  # the archive of the segment under way
+        self._quarantine: list[bytes] = []
+        self._known = _KnownObjects(lake)
+        self.tickers: set[str] = set()
+        self.segments_published = 0
+        if self._state_path.exists():
+            self._resume()
+
+    @property
+    def account(self) -> Account:
+        """What is counted so far. Read it between steps only."""
+        return self._state.account
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The segment and offset up to which the journal is read."""
+        return self._state.segment, self._state.end
+
+    def step(self) -> bool:
+        """Does the next piece of work. Returns False when there is none for now."""
+        if self._pending:
+            asyncio.run(for_each(self._pending.items(), self._put_object))
+            self._pending = {}
+            return True
+        end, closed = self._journal.end_of(self._state.segment)
+        if self._state.end < end:
+            self._take_batch(end)
+            return True
+        if closed:
+            self._archive_segment()
+            return True
+        return False
+
+    def put_ledger(self, complete: bool) -> None:
+        """Writes the account so far, under the run's session date and every date it has bars of."""
+        content = encode_ledger(make_ledger(self._header, self.account, complete))
+        for day in {self._header.session_date, *self.account.days}:
+            self._lake.put(layout.ledger_key(day, self._header.run), content)
+
+    def _resume(self) -> None:
+        """Takes up where a crash left off: what was read of the open segment is read again, but not counted again."""
+        self._state = msgspec.json.decode(self._state_path.read_bytes(), type=_State)
+        for number in self._journal.numbers():
+            if number < self._state.segment:  # published; the crash came before it was deleted
+                self._journal.path(number).unlink()
+        if self._state.end:
+            for record, frame in self._read(0, self._state.end):
+                self._keep_lines(record, frame)
+                if record.end > self._state.start:
+                    self._keep_objects(record, frame)
+
+    def _take_batch(self, end: int) -> None:
+        """Reads and counts the next records, and leaves their objects pending."""
+        start = self._state.end
+        batch: list[tuple[Record, Frame | None]] = []
+        for record, frame in self._read(start, end):
+            batch.append((record, frame))
+            end = record.end
+            if end - start >= self._batch_bytes:
+                break
+        if self._header.write_objects:
+            self._known.load({(channel, session_date(bar.start_ms)) for channel, bar in _bars(batch)})
+        # From here on nothing is asked of the store, so a batch is taken whole or, after an error, again.
+        account = msgspec.json.decode(msgspec.json.encode(self.account), type=Account)
+        for record, frame in batch:
+            if frame is None:
+                account.add_event(_decode_event(record.payload), record.received_at)
+            else:
+                account.add_frame(frame, record.received_at)
+            self._keep_lines(record, frame)
+            self._keep_objects(record, frame)
+        for channel, bar in _bars(batch):
+            self._count_bar(channel, bar, account)
+        self._save(_State(self._state.segment, start, end, account))
+
+    def _count_bar(self, channel: Channel, bar: Bar, account: Account) -> None:
+        day = session_date(bar.start_ms)
+        count = account.day(day, channel)
+        count.bars += 1
+        self.tickers.add(bar.ticker)
+        if not self._header.write_objects:
+            return
+        if self._known.add(channel, day, bar):
+            count.objects += 1
+        else:
+            count.revisions += 1
+
+    def _read(self, start: int, end: int) -> Iterator[tuple[Record, Frame | None]]:
+        for record in self._journal.read(self._state.segment, start, end):
+            yield record, decode_frame(record.payload, record.received_at) if record.kind is Kind.FRAME else None
+
+    def _keep_lines(self, record: Record, frame: Frame | None) -> None:
+        """Adds a record to the archive of every day it has bars of, else to the run's own day."""
+        if frame is None:
+            if self._header.write_frames:
+                self._lines[self._header.session_date].append(frames.event_line(record.received_at, record.payload))
+            return
+        for refusal in frame.refused:
+            self._quarantine.append(frames.quarantine_line(record.received_at, refusal.raw, refusal.reason))
+        if not self._header.write_frames:
+            return
+        line = _archive_line(record, frame)
+        if line is not None:
+            days = {session_date(bar.start_ms) for _, bar in frame.bars} or {self._header.session_date}
+            for day in days:
+                self._lines[day].append(line)
+
+    def _keep_objects(self, record: Record, frame: Frame | None) -> None:
+        if self._header.write_objects and frame:
+            for channel, bar in frame.bars:
+                key = layout.raw_key(channel, session_date(bar.start_ms), bar.ticker, bar.start_ms)
+                self._pending[key] = encode_record(bar, record.received_at)  # a later revision takes the place
+
+    def _archive_segment(self) -> None:
+        """Puts a finished segment's frames and quarantine and the ledger, and deletes the segment."""
+        number, run = self._state.segment, self._header.run
+        account = self.account
+        if torn := self._journal.torn_tail(number):
+            account = msgspec.structs.replace(account, torn_bytes=account.torn_bytes + len(torn))
+            at = account.last_received_at or self._header.started_at
+            self._quarantine.append(frames.quarantine_line(at, torn, "a journal record that a crash cut short"))
+        for day, lines in sorted(self._lines.items()):
+            self._lake.put(layout.frames_key(day, run, number), frames.compress(lines))
+        if self._quarantine:
+            key = layout.quarantine_key(self._header.session_date, run, number)
+            self._lake.put(key, b"".join(self._quarantine))
+        self.put_ledger(complete=False)
+        self._save(_State(number + 1, 0, 0, account))
+        self._journal.path(number).unlink()
+        self._lines.clear()
+        self._quarantine.clear()
+        self.segments_published += 1
+
+    def _save(self, state: _State) -> None:
+        write_atomically(self._state_path, msgspec.json.encode(state))
+        self._state = state
+
+    async def _put_object(self, item: tuple[str, bytes]) -> None:
+        """Writes a bar's record unless the lake has a later revision of it."""
+        key, content = item
+        store = self._lake.store
+        while True:
+            try:
+                await obstore.put_async(store, key, content, mode="create", use_multipart=False)
+                return
+            except AlreadyExistsError:
+                pass
+            try:
+                found = await obstore.get_async(store, key)
+                existing = bytes(await found.bytes_async())
+                if existing == content or _collected_at(existing) > _collected_at(content):
+                    return
+                # A local store knows no conditional update, and has no other writer: the collector is alone.
+                mode = {"e_tag": found.meta["e_tag"]} if self._lake.is_s3 else "overwrite"
+                await obstore.put_async(store, key, content, mode=mode, use_multipart=False)  # type: ignore[arg-type]
+                return
+            except (PreconditionError, *NOT_FOUND):
+                continue  # somebody wrote or removed it since: look again
+
+
+class _KnownObjects:
+    """Which bars have an object on the lake, so that new ones can be told from revisions before they are put."""
+
+    def __init__(self, lake: Lake) -> None:
+        self._lake = lake
+        self._days: dict[tuple[Channel, date], dict[str, set[int]]] = {}
+
+    def load(self, days: set[tuple[Channel, date]]) -> None:
+        """Lists the objects of days not met before."""
+        for channel, day in days - self._days.keys():
+            known = defaultdict(set)
+            for key in self._lake.keys(layout.raw_prefix(channel, day)):
+                if parsed := layout.parse_raw_key(key):
+                    known[parsed[0]].add(parsed[1])
+            self._days[channel, day] = known
+
+    def add(self, channel: Channel, day: date, bar: Bar) -> bool:
+        """Notes a bar of a loaded day; returns whether it is new."""
+        starts = self._days[channel, day][bar.ticker]
+        before = len(starts)
+        starts.add(bar.start_ms)
+        return len(starts) > before
+
+
+def _bars(batch: list[tuple[Record, Frame | None]]) -> Iterator[tuple[Channel, Bar]]:
+    for _, frame in batch:
+        if frame:
+            yield from frame.bars
+
+
+def _archive_line(record: Record, frame: Frame) -> bytes | None:
+    """The frame verbatim where it is JSON; where only parts of it are, those; None where nothing is."""
+    if not frame.refused:
+        return frames.frame_line(record.received_at, record.payload, ())
+    positions = [refusal.position for refusal in frame.refused]
+    if None in positions:
+        return None
+    try:
+        msgspec.json.decode(record.payload)
+    except (msgspec.DecodeError, ValueError):
+        parts = msgspec.json.decode(record.payload, type=list[msgspec.Raw])
+        good = [bytes(part) for index, part in enumerate(parts) if index not in positions]
+        return frames.frame_line(record.received_at, b"[" + b",".join(good) + b"]", ()) if good else None
+    return frames.frame_line(record.received_at, record.payload, [p for p in positions if p is not None])
+
+
+def _collected_at(content: bytes) -> str:
+    """When a record was collected; an unreadable one is older than anything."""
+    try:
+        return decode_record(content).collected_at
+    except ValueError:
+        return ""
