@@ -1,0 +1,64 @@
+"""What a feed hands to the exchange, and how an aggregate is spelt on the wire.
+
+Belongs here: the event, and the vendor's names and order of fields. Does not belong here: where events come from
+(synthetic, replay) and how they travel (exchange).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from polygon_pipeline.market.bars import Channel
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One aggregate, encoded once for however many connections will get it.
+
+    emit_ms: when the vendor would send it, in Unix ms of market time. payload: one JSON object. A feed is any
+    iterable of these, in the order of emit_ms.
+    """
+
+    emit_ms: int
+    channel: Channel
+    ticker: str
+    payload: bytes
+
+
+class Aggregate(msgspec.Struct, gc=False):
+    """One `A` or `AM` event. What is UNSET is absent from the wire. Times in Unix ms, volumes in shares."""
+
+    ev: str
+    sym: str
+    volume: int | float = msgspec.field(name="v")
+    day_volume: int | float = msgspec.field(name="av")
+    day_open: float | UnsetType = msgspec.field(name="op")
+    vwap: float | UnsetType = msgspec.field(name="vw")
+    open: float = msgspec.field(name="o")
+    close: float = msgspec.field(name="c")
+    high: float = msgspec.field(name="h")
+    low: float = msgspec.field(name="l")
+    day_vwap: float | UnsetType = msgspec.field(name="a")
+    average_trade_size: int | UnsetType = msgspec.field(name="z")
+    start_ms: int = msgspec.field(name="s")
+    end_ms: int = msgspec.field(name="e")
+    decimal_volume: str | UnsetType = msgspec.field(name="dv", default=UNSET)
+    decimal_day_volume: str | UnsetType = msgspec.field(name="dav", default=UNSET)
+    otc: bool | UnsetType = UNSET
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(aggregates: Iterable[Aggregate]) -> list[bytes]:
+    """Each aggregate as compact JSON. Whole prices lose their `.0`, as they do on the vendor's wire."""
+    lines = _encoder.encode_lines(list(aggregates))
+    # `.0,` ends a number and nothing else: a ticker or decimal string is followed by its closing quote.
+    return lines.replace(b".0,", b",").splitlines()
+
+
+def window_ms(channel: Channel) -> int:
+    """How long the channel's window is, in ms."""
+    return 60_000 if channel is Channel.MINUTE else 1_000

@@ -1,0 +1,332 @@
+"""The exchange's protocol, seen by a raw client and by the vendor's own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+import websocket
+from massive import WebSocketClient  # type: ignore[import-untyped, unused-ignore]
+from massive.websocket.models import (  # type: ignore[import-untyped, unused-ignore]
+    EquityAgg,
+    WebSocketMessage,
+)
+
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.simulator.exchange import Exchange
+from polygon_pipeline.simulator.feed import Event
+from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
+from polygon_pipeline_tests.simulator.support import DAY, START_MS, collect, connect, event, log_in
+
+
+def success(message: str) -> dict[str, str]:
+    return {"ev": "status", "status": "success", "message": message}
+
+
+@pytest.fixture
+def quiet() -> Iterator[Exchange]:
+    """An exchange with nothing to send."""
+    with Exchange([]) as exchange:
+        yield exchange
+
+
+def test_it_greets_and_authenticates_like_the_vendor(quiet: Exchange) -> None:
+    assert re.fullmatch(r"ws://127\.0\.0\.1:\d+/stocks", quiet.url)
+    with connect(quiet) as client:
+        assert client.greeting == [
+            {"ev": "status", "status": "connected", "message": "Connected Successfully (simulated exchange)"}
+        ]
+        assert client.ask("auth", "any") == [{"ev": "status", "status": "auth_success", "message": "authenticated"}]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '{"action":"auth","params":"wrong"}',
+        '{"action":"auth","params":""}',
+        '{"action":"subscribe","params":"AM.*"}',
+        "?",
+    ],
+)
+def test_who_does_not_begin_with_the_right_key_is_dropped_without_a_close_frame(message: str) -> None:
+    with Exchange([], key="right") as exchange, connect(exchange) as client:
+        client.socket.send(message)
+        assert client.receive() == [{"ev": "status", "status": "auth_failed", "message": "authentication failed"}]
+        assert client.close_code() is None
+
+
+def test_any_key_will_do_but_an_empty_one() -> None:
+    with Exchange([]) as exchange, connect(exchange) as client:
+        assert client.ask("auth", "")[0]["status"] == "auth_failed"
+
+
+def test_who_says_nothing_is_timed_out() -> None:
+    with Exchange([], auth_timeout=0.05) as exchange, connect(exchange) as client:
+        assert client.receive()[0]["status"] == "auth_timeout"
+        assert client.close_code() == 1000
+
+
+def test_new_topics_are_acknowledged_one_by_one_in_one_frame(quiet: Exchange) -> None:
+    with log_in(quiet) as client:
+        assert client.ask("subscribe", "AM.AAPL,A.BRK.B,AM.*,AM.KIMpL") == [
+            success(f"subscribed to: {topic}") for topic in ("AM.AAPL", "A.BRK.B", "AM.*", "AM.KIMpL")
+        ]
+
+
+def test_unknown_topics_repetitions_and_nonsense_get_no_answer_and_unknown_tickers_do(
+    quiet: Exchange,
+) -> None:
+    with log_in(quiet) as client:
+        assert client.ask("subscribe", "AM.AAPL,AM.AAPL") == [success("subscribed to: AM.AAPL")]
+        for nothing in ("AM.AAPL", "T.AAPL", "am.AAPL", "AM.", "AM", "", "*"):
+            client.send("subscribe", nothing)
+        client.send("dance", "AM.AAPL")
+        client.socket.send("[1")
+        client.send("unsubscribe", "AM.MSFT")
+        # The next answer shows that none of these had one.
+        assert client.ask("subscribe", "AM.AAPL,AM.NOSUCH") == [success("subscribed to: AM.NOSUCH")]
+        assert client.ask("unsubscribe", "AM.AAPL") == [success("unsubscribed to: AM.AAPL")]
+        assert client.ask("subscribe", "AM.AAPL") == [success("subscribed to: AM.AAPL")]
+
+
+def test_only_what_was_subscribed_is_sent_case_and_dots_included() -> None:
+    tickers = ("BRK.B", "BRK", "KIMpL", "KIMPL", "AAPL")
+    feed = [event(ticker, 0, channel) for channel in Channel for ticker in tickers]
+    with Exchange(feed, speed=0) as exchange:
+        received, _ = collect(exchange, "AM.BRK.B,A.KIMpL,AM.NOSUCH,A.aapl")
+    assert [(bar["ev"], bar["sym"]) for bar in received] == [("AM", "BRK.B"), ("A", "KIMpL")]
+    assert exchange.sent == 2
+
+
+def test_a_whole_channel_can_be_had_with_a_star_and_each_bar_comes_once() -> None:
+    feed = [event("AAPL", 0), event("MSFT", 0), event("AAPL", 0, Channel.SECOND)]
+    with Exchange(feed, speed=0) as exchange:
+        received, _ = collect(exchange, "AM.*,AM.AAPL")
+    assert [(bar["ev"], bar["sym"]) for bar in received] == [("AM", "AAPL"), ("AM", "MSFT")]
+
+
+def test_as_fast_as_possible_loses_nothing_and_fills_frames_up_to_the_limit() -> None:
+    feed = [event(f"T{number}", 0) for number in range(20_000)]
+    with Exchange(feed, speed=float("inf"), batch_limit=250) as exchange:
+        received, sizes = collect(exchange, "AM.*")
+        assert exchange.market_time_ms == START_MS + 60_000
+    assert received == [json.loads(bar.payload) for bar in feed]
+    assert exchange.sent == 20_000
+    assert max(sizes) == 250
+
+
+def test_as_fast_as_possible_waits_while_nobody_subscribes() -> None:
+    # More than the buffers between hold, so that some of it is still to come when the first client leaves.
+    feed = [event("AAPL", minute) for minute in range(60_000)]
+    last = json.loads(feed[-1].payload)
+    with Exchange(feed, speed=0) as exchange:
+        with log_in(exchange) as client:
+            client.ask("subscribe", "AM.*")
+            seen = client.receive()
+        with log_in(exchange) as client:
+            client.ask("subscribe", "AM.*")
+            later = client.receive()
+            while later[-1] != last:
+                later += client.receive()
+        assert exchange.finished.wait(20)
+        assert exchange.sent == len(feed)
+    assert seen == [json.loads(bar.payload) for bar in feed[: len(seen)]]
+    # What was in the air when the first client left is lost; from there on nothing is.
+    assert later == [json.loads(bar.payload) for bar in feed[-len(later) :]]
+
+
+def test_market_time_goes_on_while_nobody_listens_and_nothing_is_sent_again() -> None:
+    feed = [event("AAPL", minute) for minute in range(5)]
+    with Exchange(feed, speed=600) as exchange:
+        assert exchange.market_time_ms == 0, "it waits for the first subscription"
+        with log_in(exchange) as client:
+            client.ask("subscribe", "AM.AAPL")
+            first = client.receive()
+        assert exchange.finished.wait(20)
+        assert exchange.market_time_ms >= feed[-1].emit_ms
+        with log_in(exchange) as client:
+            client.ask("subscribe", "AM.AAPL")
+            client.socket.settimeout(0.3)
+            with pytest.raises(websocket.WebSocketTimeoutException):
+                client.receive()
+    assert first[0] == json.loads(feed[0].payload)
+
+
+def test_it_can_start_at_once() -> None:
+    with Exchange([event("AAPL", 0), event("AAPL", 1)], speed=6000, start_at_once=True) as exchange:
+        assert exchange.finished.wait(20)
+        assert exchange.sent == 0
+
+
+def test_nights_are_skipped() -> None:
+    feed = [event("AAPL", 0), event("AAPL", 16 * 60), event("AAPL", 3 * 24 * 60)]
+    with Exchange(feed, speed=1) as exchange:
+        received, _ = collect(exchange, "AM.*")
+    assert len(received) == 3
+
+
+def test_one_more_connection_on_the_same_key_evicts_the_oldest(quiet: Exchange) -> None:
+    with log_in(quiet) as old, log_in(quiet, "another key") as other, log_in(quiet) as new:
+        assert old.receive()[0]["status"] == "max_connections"
+        assert old.close_code() == 1008
+        for client in (new, other):
+            assert client.ask("subscribe", "AM.AAPL") == [success("subscribed to: AM.AAPL")]
+
+
+def test_a_larger_plan_evicts_nobody_before_it_is_full() -> None:
+    with Exchange([], max_connections=4) as exchange, ExitStack() as stack:
+        clients = [stack.enter_context(log_in(exchange)) for _ in range(5)]
+        assert clients[0].receive()[0]["status"] == "max_connections"
+        for client in clients[1:]:
+            assert client.ask("subscribe", "AM.AAPL") == [success("subscribed to: AM.AAPL")]
+
+
+def test_a_larger_plan_allows_more_connections_and_each_gets_everything() -> None:
+    feed = [event("AAPL", 0), event("AAPL", 1)]
+    with (
+        Exchange(feed, speed=0, max_connections=2) as exchange,
+        log_in(exchange) as one,
+        log_in(exchange) as two,
+    ):
+        for client in (one, two):
+            client.send("subscribe", "AM.AAPL")
+        for client in (one, two):
+            assert client.receive() == [success("subscribed to: AM.AAPL")]
+            assert client.receive() == [json.loads(bar.payload) for bar in feed]
+        assert exchange.finished.wait(20)
+        assert exchange.sent == 4
+
+
+def test_who_does_not_read_is_expelled_and_holds_up_nobody() -> None:
+    feed = [event(f"T{number}", 0) for number in range(100_000)]
+    with Exchange(feed, speed=1, buffer_limit=2**20) as exchange, log_in(exchange) as client:
+        client.ask("subscribe", "AM.*")
+        assert exchange.finished.wait(30)
+        assert 0 < exchange.sent < len(feed)
+        with suppress(websocket.WebSocketConnectionClosedException, ConnectionResetError):
+            while client.socket.recv():
+                pass
+
+
+def test_it_stops_although_a_client_does_not_read() -> None:
+    feed = [event(f"T{number}", 0) for number in range(100_000)]
+    with Exchange(feed, speed=0) as exchange, log_in(exchange) as client:
+        client.ask("subscribe", "AM.*")
+        client.receive()
+        exchange.stop()
+        assert not exchange.serving
+
+
+def test_a_feeds_error_ends_the_serving_and_reaches_the_caller() -> None:
+    def broken() -> Iterator[Event]:
+        yield event("AAPL", 0)
+        raise ValueError("the tape tore")
+
+    with pytest.raises(ValueError, match="the tape tore"), Exchange(broken(), start_at_once=True) as exchange:
+        assert exchange.finished.wait(20)
+
+
+def test_a_port_in_use_is_an_error_at_once(quiet: Exchange) -> None:
+    with pytest.raises(OSError, match=str(quiet.port)), Exchange([], port=quiet.port):
+        pass
+    with pytest.raises(ValueError, match="speed"):
+        Exchange([], speed=-1)
+
+
+def test_the_vendors_own_client_understands_it() -> None:
+    market = SyntheticMarket(["AAPL", "BRK.B", "TCEHY"])
+    feed = list(SyntheticFeed(market, DAY, [Channel.MINUTE]))
+    received: list[WebSocketMessage] = []
+
+    async def take(messages: list[WebSocketMessage]) -> None:
+        received.extend(messages)
+
+    async def run(exchange: Exchange) -> None:
+        client = WebSocketClient(
+            "key",
+            feed=f"127.0.0.1:{exchange.port}",
+            secure=False,
+            subscriptions=["AM.AAPL", "AM.BRK.B", "AM.TCEHY"],
+            max_reconnects=0,
+        )
+        assert client.url == exchange.url
+        task = asyncio.create_task(client.connect(take))
+        while len(received) < len(feed) and not task.done():
+            await asyncio.sleep(0.02)
+        await client.close()
+        await task
+
+    with Exchange(feed, speed=0, key="key") as exchange:
+        asyncio.run(asyncio.wait_for(run(exchange), 30))
+
+    assert len(received) == len(feed)
+    for message, sent in zip(received, feed, strict=True):
+        wire = json.loads(sent.payload)
+        assert isinstance(message, EquityAgg)
+        assert message == EquityAgg(
+            event_type="AM",
+            symbol=wire["sym"],
+            volume=wire["v"],
+            accumulated_volume=wire["av"],
+            official_open_price=wire["op"],
+            vwap=wire["vw"],
+            open=wire["o"],
+            close=wire["c"],
+            high=wire["h"],
+            low=wire["l"],
+            aggregate_vwap=wire["a"],
+            average_size=wire["z"],
+            start_timestamp=wire["s"],
+            end_timestamp=wire["e"],
+            otc=wire.get("otc"),
+            fractional_volume=wire["dv"],
+            fractional_accumulated_volume=wire["dav"],
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signals) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "polygon_pipeline.simulator",
+        "--day",
+        "2026-01-26",
+        "--tickers",
+        "AAPL,BRK.B",
+    ]
+    with subprocess.Popen([*command, "--speed", "0", "--key", "k"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        # Were the line never to come, the test's own timeout would not reach the child.
+        guard = threading.Timer(60, process.kill)
+        guard.start()
+        line = process.stdout.readline()
+        found = re.search(r"SIMULATED .* POLYGON_WEBSOCKET_URL=(ws://127\.0\.0\.1:\d+/stocks) POLYGON_API_KEY=k$", line)
+        assert found, line
+        socket = websocket.create_connection(found[1], timeout=20)
+        assert "simulated" in socket.recv()
+        os.kill(process.pid, number)
+        assert process.wait(30) == 0
+        guard.cancel()
+        socket.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["--day", "2026-01-25"], "closed on 2026-01-25"), (["--replay", "nowhere.csv"], "no file nowhere.csv")],
+)
+def test_the_command_explains_what_it_cannot_do(arguments: list[str], complaint: str) -> None:
+    command = [sys.executable, "-m", "polygon_pipeline.simulator", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert complaint in result.stderr
+    assert "Traceback" not in result.stderr
