@@ -1,0 +1,127 @@
+"""The assets: what the lake holds, day by day, and what each is made of.
+
+Belongs here: names, dependencies, automation and how each shows in the UI. Does not belong here: what the rows are
+(market.transform) or how raw data is read (lake.raw).
+"""
+
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import dagster as dg
+
+from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.resources import LakeResource
+from polygon_pipeline.market.bars import Channel
+
+# Datasets follow their inputs, of whatever day: `eager` alone would keep to the latest one, and a late recovery or
+# the demo's past days must follow too.
+FOLLOW_INPUTS = dg.AutomationCondition.eager().without(dg.AutomationCondition.in_latest_time_window())
+
+UNREADABLE_OBJECTS = "unreadable_objects"
+
+raw_bars = dg.AssetSpec(
+    "raw_bars",
+    description="Minute bars as received (channel AM), in raw-frames and raw-data. Filled by `collect_aggregates`.",
+    partitions_def=trading_days,
+    group_name="raw",
+    kinds={"websocket", "json"},
+)
+
+raw_second_bars = dg.AssetSpec(
+    "raw_second_bars",
+    description="Second bars as received (channel A), in raw-frames and raw-data-second. Filled by "
+    "`collect_aggregates`.",
+    partitions_def=trading_days,
+    group_name="raw",
+    kinds={"websocket", "json"},
+)
+
+
+@dg.asset(
+    deps=[raw_bars],
+    partitions_def=trading_days,
+    io_manager_key="parquet",
+    automation_condition=FOLLOW_INPUTS,
+    group_name="bars",
+    kinds={"duckdb", "parquet"},
+)
+def normalized_bars(context: dg.AssetExecutionContext, lake: LakeResource) -> Path:
+    """Typed minute bars: one row a ticker and minute, the latest revision, sorted by ticker and time."""
+    return _normalize(context, lake, Channel.MINUTE)
+
+
+@dg.asset(
+    deps=[raw_second_bars],
+    partitions_def=trading_days,
+    io_manager_key="parquet",
+    automation_condition=FOLLOW_INPUTS,
+    group_name="bars",
+    kinds={"duckdb", "parquet"},
+)
+def normalized_second_bars(context: dg.AssetExecutionContext, lake: LakeResource) -> Path:
+    """Typed second bars: one row a ticker and second, the latest revision, sorted by ticker and time."""
+    return _normalize(context, lake, Channel.SECOND)
+
+
+@dg.multi_asset(
+    outs={
+        name: dg.AssetOut(
+            description=description,
+            io_manager_key="parquet",
+            is_required=False,
+            automation_condition=FOLLOW_INPUTS,
+            group_name="bars",
+            kinds={"duckdb", "parquet"},
+        )
+        for name, description in {
+            "bars_5m": "Five-minute bars, aligned to the clock.",
+            "bars_15m": "Fifteen-minute bars, aligned to the clock.",
+            "bars_1h": "Hourly bars, aligned to the clock.",
+            "daily_bars": "A row a ticker: regular-hours OHLCV and VWAP, extended-hours volume, official open.",
+        }.items()
+    },
+    partitions_def=trading_days,
+    can_subset=True,
+)
+def derived_bars(
+    context: dg.AssetExecutionContext, lake: LakeResource, normalized_bars: Path
+) -> Iterator[dg.Output[Path]]:
+    """One step for all four, so that a day is fetched once."""
+    from polygon_pipeline.market import transform
+
+    day = date.fromisoformat(context.partition_key)
+    for name in sorted(context.op_execution_context.selected_output_names):
+        folder = lake.scratch()
+        target = folder / f"{name}.parquet"
+        if name == "daily_bars":
+            transform.daily(day, normalized_bars, target, folder)
+        else:
+            transform.resample(name, normalized_bars, target, folder)
+        yield dg.Output(target, output_name=name)
+
+
+def _normalize(context: dg.AssetExecutionContext, lake: LakeResource, channel: Channel) -> Path:
+    from polygon_pipeline.lake.raw import normalize_day
+    from polygon_pipeline.market.transform import NoBars
+
+    folder = lake.scratch()
+    target = folder / "normalized.parquet"
+    opened = lake.open()
+    try:
+        raw = normalize_day(opened, date.fromisoformat(context.partition_key), channel, target, folder)
+    except NoBars as error:
+        raise dg.Failure(
+            f"{error} (channel {channel}) in {opened.uri}. Collect that day first, or choose one that was collected.",
+            allow_retries=False,
+        ) from error
+    for key, fault in raw.unreadable.items():
+        context.log.warning(f"{opened.url(key)} could not be read: {fault}")
+    context.add_output_metadata(
+        {
+            "frame_files": raw.frame_files,
+            "records_read": raw.records,
+            UNREADABLE_OBJECTS: dg.MetadataValue.json(dict(sorted(raw.unreadable.items())[:100])),
+        }
+    )
+    return target

@@ -1,0 +1,71 @@
+"""The asset checks, each recorded for its trading day. What must hold is market.quality's and collector.account's."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import date
+from typing import Any
+
+import dagster as dg
+
+from polygon_pipeline.defs.assets import UNREADABLE_OBJECTS
+from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.resources import LakeResource
+from polygon_pipeline.market import quality
+from polygon_pipeline.market.bars import Channel
+
+_NORMALIZED = {"normalized_bars": Channel.MINUTE, "normalized_second_bars": Channel.SECOND}
+
+_RULES = {
+    "schema": "The file's columns and types are the documented ones.",
+    **quality.ROW_RULES,
+    "every_object_readable": "Every raw object of the day could be read.",
+    "ledger_balances": "What the collector received is accounted for, and the objects it counted are on the lake.",
+}
+
+
+def _checks_of(asset: str, channel: Channel) -> dg.AssetChecksDefinition:
+    with warnings.catch_warnings():
+        # Partitioned checks are a preview in Dagster 1.13; without them a check would not say of which day it is.
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        specs = [
+            dg.AssetCheckSpec(rule, asset=asset, description=text, partitions_def=trading_days)
+            for rule, text in _RULES.items()
+        ]
+
+    @dg.multi_asset_check(name=f"{asset}_checks", specs=specs)
+    def check_day(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> Iterator[dg.AssetCheckResult]:
+        from polygon_pipeline.collector.reconcile import reconcile
+        from polygon_pipeline.lake.datasets import fetch_dataset
+
+        opened = lake.open()
+        day = date.fromisoformat(context.partition_key)
+        file = fetch_dataset(opened, asset, context.partition_key, lake.scratch())
+        faults = quality.schema_faults(file)
+        yield _result(asset, "schema", not faults, {"faults": faults})
+        if faults:
+            return  # the other rules read those columns
+        for rule, verdict in quality.check_rows(file, day).items():
+            yield _result(asset, rule, not verdict.broken, {"rows": verdict.broken, "examples": verdict.examples})
+        unreadable = _unreadable(context, asset)
+        yield _result(asset, "every_object_readable", not unreadable, {"objects": sorted(unreadable)})
+        balance = reconcile(opened, day, channel)
+        yield _result(asset, "ledger_balances", not balance.faults, balance._asdict())
+
+    return check_day
+
+
+def _result(asset: str, rule: str, passed: bool, metadata: Mapping[str, Any]) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(asset_key=asset, check_name=rule, passed=passed, metadata=metadata)
+
+
+def _unreadable(context: dg.AssetCheckExecutionContext, asset: str) -> dict[str, str]:
+    """The objects that the day's latest materialization could not read."""
+    records = context.instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[context.partition_key]), limit=1
+    ).records
+    metadata = records[0].asset_materialization.metadata if records and records[0].asset_materialization else {}
+    value = metadata[UNREADABLE_OBJECTS].value if UNREADABLE_OBJECTS in metadata else {}
+    return value if isinstance(value, dict) else {}
+
+
+bar_checks = [_checks_of(asset, channel) for asset, channel in _NORMALIZED.items()]

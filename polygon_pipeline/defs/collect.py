@@ -1,0 +1,238 @@
+"""The job and op `collect_aggregates`: the long run that collects one session.
+
+Belongs here: Dagster's side of it - configuration, signals, materializations, the run's status. Does not belong
+here: collecting (collector.collector).
+
+Signals. Terminate, Ctrl-C and SIGTERM only set a flag, so that the collector drains and flushes; then the run ends
+as canceled. Dagster's own handlers would interrupt the clean-up. A second signal ends the run at once: what is not
+published waits in the journal. The job has no retry policy, because with one Terminate would start it again.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime
+from types import FrameType
+from typing import TYPE_CHECKING, Self
+
+import dagster as dg
+from pydantic import Field
+
+from polygon_pipeline import settings
+from polygon_pipeline.collector import launching
+from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.resources import LakeResource, PolygonResource
+from polygon_pipeline.market import calendar
+from polygon_pipeline.market.bars import Channel
+
+if TYPE_CHECKING:
+    from polygon_pipeline.collector.collector import Progress
+
+SESSION_DATE_TAG = "polygon_pipeline/session_date"
+FEED_TAG = "polygon_pipeline/feed"
+STOPPED_TAG = "polygon_pipeline/stopped_by"
+FAILED_FOR_GOOD_TAG = "polygon_pipeline/failed_for_good"
+
+RAW_ASSETS = {Channel.MINUTE: "raw_bars", Channel.SECOND: "raw_second_bars"}
+
+# A simulated session is over in three minutes and should be seen growing.
+_DEMO_SPEED = 320.0
+_CHECKPOINT_SECONDS = 300.0
+_DEMO_CHECKPOINT_SECONDS = 30.0
+
+
+class CollectConfig(dg.Config):
+    """What to collect; whatever is not set comes from the environment."""
+
+    tickers: list[str] | None = Field(default=None, description="Symbols, or * for the whole market (POLYGON_TICKERS)")
+    channels: list[str] | None = Field(default=None, description="AM, A or both (POLYGON_CHANNELS)")
+    session_date: str | None = Field(
+        default=None, description="YYYY-MM-DD; the current or next session, of a demo the last complete one"
+    )
+    stop_after_seconds: float | None = Field(default=None, gt=0, description="End then, whatever the session does")
+    write_objects: bool | None = Field(
+        default=None, description="One raw-data object a bar; on for a watch list, off for the whole market"
+    )
+    write_frames: bool = Field(default=True, description="Archive every frame in raw-frames")
+    checkpoint_seconds: float | None = Field(
+        default=None, gt=0, description="How often frames are archived and progress is reported (300; demo 30)"
+    )
+
+
+@dg.op(pool="collector")
+def collect_aggregates(
+    context: dg.OpExecutionContext, config: CollectConfig, polygon: PolygonResource, lake: LakeResource
+) -> None:
+    """Collects aggregates into the lake until the session, or `stop_after_seconds`, is over."""
+    from polygon_pipeline.collector.collector import Collector, Plan
+    from polygon_pipeline.lake.store import LakeError
+    from polygon_pipeline.polygon.stream import StreamRefused
+
+    with _permanent(context, settings.ConfigurationError, LakeError, StreamRefused), _Stop() as stop:
+        wanted = _settings(polygon, config)
+        day = _session_date(config, wanted)
+        context.instance.add_run_tags(context.run_id, {SESSION_DATE_TAG: day.isoformat(), FEED_TAG: wanted.feed})
+        opened = lake.open()
+        context.log.info(
+            f"collecting {wanted.feed} {', '.join(wanted.channels)} bars of {day} into {opened.uri}"
+            + (" (SIMULATED data)" if wanted.is_simulated else "")
+        )
+        default_checkpoint = _DEMO_CHECKPOINT_SECONDS if wanted.is_simulated else _CHECKPOINT_SECONDS
+        with _feed(wanted, day) as (url, feed_is_over):
+            plan = Plan(
+                run=f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-{context.run_id[:8]}",
+                session_date=day,
+                feed=wanted.feed,
+                url=url,
+                key=wanted.api_key,
+                topics=wanted.topics,
+                journal_dir=wanted.journal_dir,
+                write_objects=not wanted.is_whole_market if config.write_objects is None else config.write_objects,
+                write_frames=config.write_frames,
+                checkpoint_seconds=config.checkpoint_seconds or default_checkpoint,
+            )
+            ending = _ending(stop, config.stop_after_seconds, feed_is_over)
+            Collector(opened, plan, context.log).run(ending, lambda progress: _report(context, wanted.feed, progress))
+        if stop.requested:
+            _tag_who_stopped(context)
+            raise dg.DagsterExecutionInterruptedError  # ends the run as canceled; returning would call it a success
+
+
+# Job and op share a name, which a graph between them must not have.
+@dg.graph
+def collect_session() -> None:
+    collect_aggregates()
+
+
+collect_aggregates_job = collect_session.to_job(
+    name="collect_aggregates",
+    executor_def=dg.in_process_executor,
+    description="Collects one session's aggregates. Started by market_session_sensor, or by hand.",
+)
+
+
+def _settings(polygon: PolygonResource, config: CollectConfig) -> settings.Settings:
+    overrides = {}
+    if config.tickers is not None:
+        overrides["tickers"] = ",".join(config.tickers)
+    if config.channels is not None:
+        overrides["channels"] = ",".join(config.channels)
+    return polygon.settings(**overrides)
+
+
+def _session_date(config: CollectConfig, wanted: settings.Settings) -> date:
+    now = datetime.now(UTC)
+    if config.session_date is not None:
+        try:
+            return date.fromisoformat(config.session_date)
+        except ValueError as error:
+            raise settings.ConfigurationError(f"session_date is {config.session_date!r}, not YYYY-MM-DD.") from error
+    if wanted.websocket_url is None:
+        return calendar.completed_sessions(now, 1)[0]
+    return calendar.current_or_next_session(now - launching.REVISIONS).date
+
+
+@contextlib.contextmanager
+def _feed(wanted: settings.Settings, day: date) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """The feed's URL, and a function that says why it is over, or None. Where no URL is set, a simulator is started."""
+    if wanted.websocket_url is not None:
+        end = launching.session_end(day)
+        yield wanted.websocket_url, lambda: "the session is over" if datetime.now(UTC) >= end else None
+        return
+    from polygon_pipeline.simulator.exchange import Exchange
+    from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
+
+    market = SyntheticMarket(settings.DEFAULT_TICKERS.split(",") if wanted.is_whole_market else wanted.tickers)
+    with Exchange(SyntheticFeed(market, day, wanted.channels), speed=_DEMO_SPEED, key=wanted.api_key) as exchange:
+        yield exchange.url, lambda: "the simulated session is over" if exchange.finished.is_set() else None
+
+
+class _Stop:
+    """Turns the first SIGINT or SIGTERM into a flag and lets the second through; a context manager."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise dg.DagsterExecutionInterruptedError
+        self.requested = True
+
+
+def _ending(
+    stop: _Stop, stop_after_seconds: float | None, feed_is_over: Callable[[], str | None]
+) -> Callable[[], str | None]:
+    deadline = None if stop_after_seconds is None else time.monotonic() + stop_after_seconds
+
+    def ending() -> str | None:
+        if stop.requested:
+            return "terminated"
+        if deadline is not None and time.monotonic() >= deadline:
+            return f"stop_after_seconds ({stop_after_seconds:g}) are over"
+        return feed_is_over()
+
+    return ending
+
+
+def _report(context: dg.OpExecutionContext, feed: str, progress: "Progress") -> None:
+    """Materializes the raw assets of every trading day that got bars."""
+    account = progress.account
+    for day in sorted(progress.dates):
+        if not trading_days.has_partition_key(day.isoformat()):
+            context.log.warning(f"{day} is not a trading day; its bars are on the lake, but it has no partition")
+            continue
+        for channel, count in sorted(account.days[day].items()):
+            context.log_event(
+                dg.AssetMaterialization(
+                    RAW_ASSETS[channel],
+                    partition=day.isoformat(),
+                    metadata={
+                        "feed": feed,
+                        "bars": count.bars,
+                        "objects": count.objects,
+                        "revisions": count.revisions,
+                        "tickers": progress.tickers,
+                        "frames": account.frames,
+                        "bars_per_second": round(account.bars / max(progress.elapsed_seconds, 1e-9), 1),
+                        "quarantined": account.quarantined,
+                        "reconnects": max(0, len(account.connections) - 1),
+                        "gaps": dg.MetadataValue.json(
+                            [{"start": str(g.start), "end": str(g.end), "cause": g.cause} for g in account.gaps()]
+                        ),
+                        "last_received_at": str(account.last_received_at),
+                        "backlog_bytes": progress.backlog_bytes,
+                        "unpublished_seconds": round(progress.unpublished_seconds, 1),
+                        "imbalance": dg.MetadataValue.json(account.imbalance(write_objects=False)),
+                    },
+                )
+            )
+
+
+def _tag_who_stopped(context: dg.OpExecutionContext) -> None:
+    """Somebody who terminates a run wants it to stay ended; a process that is told to end does not say so."""
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and run.status is dg.DagsterRunStatus.CANCELING:
+        context.instance.add_run_tags(context.run_id, {STOPPED_TAG: "terminate"})
+
+
+@contextlib.contextmanager
+def _permanent(context: dg.OpExecutionContext, *errors: type[Exception]) -> Iterator[None]:
+    """Marks the run where these errors end it: the sensor does not try again what cannot help."""
+    try:
+        yield
+    except errors as error:
+        context.instance.add_run_tags(context.run_id, {FAILED_FOR_GOOD_TAG: type(error).__name__})
+        raise dg.Failure(str(error), allow_retries=False) from error

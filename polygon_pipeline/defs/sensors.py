@@ -1,0 +1,89 @@
+"""The sensors: one starts the collector, one lets datasets follow their inputs. Shells around pure decisions."""
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+
+import dagster as dg
+
+from polygon_pipeline.collector.launching import Outcome, PastRun, Start, decide_demo, decide_live
+from polygon_pipeline.defs.collect import (
+    FAILED_FOR_GOOD_TAG,
+    FEED_TAG,
+    SESSION_DATE_TAG,
+    STOPPED_TAG,
+    collect_aggregates_job,
+)
+from polygon_pipeline.defs.resources import PolygonResource
+from polygon_pipeline.settings import ConfigurationError
+
+_LOADED_AT = datetime.now(UTC)
+
+_ACTIVE = {
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+}
+# More than a day of attempts at the longest pause would fill; older ones change no decision.
+_RUNS_LOOKED_AT = 200
+
+
+@dg.sensor(
+    job=collect_aggregates_job,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=15,
+    description="Starts one collector a session, and the next attempt when one died. Without a key: the demo.",
+)
+def market_session_sensor(
+    context: dg.SensorEvaluationContext, polygon: PolygonResource
+) -> dg.RunRequest | dg.SkipReason:
+    try:
+        wanted = polygon.settings()
+    except ConfigurationError as error:
+        return dg.SkipReason(f"nothing is collected: {error}")
+    decide = decide_demo if wanted.websocket_url is None else decide_live
+    decision = decide(datetime.now(UTC), _LOADED_AT, _past_runs(context.instance, wanted.feed))
+    if not isinstance(decision, Start):
+        return dg.SkipReason(decision.reason)
+    day = decision.session_date.isoformat()
+    return dg.RunRequest(
+        # A run key is remembered for ever, whatever became of its run: so the attempt is part of it.
+        run_key=f"{wanted.feed}-{day}-{decision.attempt}",
+        run_config={"ops": {"collect_aggregates": {"config": {"session_date": day}}}},
+        tags={SESSION_DATE_TAG: day, FEED_TAG: wanted.feed, "polygon_pipeline/attempt": str(decision.attempt)},
+    )
+
+
+def _past_runs(instance: dg.DagsterInstance, feed: str) -> Sequence[PastRun]:
+    """The feed's collector runs, newest first; a run launched by hand has no tags until it has begun."""
+    records = instance.get_run_records(dg.RunsFilter(job_name=collect_aggregates_job.name), limit=_RUNS_LOOKED_AT)
+    runs = []
+    for record in records:
+        tags, active = record.dagster_run.tags, record.dagster_run.status in _ACTIVE
+        if not active and (tags.get(FEED_TAG) != feed or SESSION_DATE_TAG not in tags):
+            continue
+        ended = None if record.end_time is None else datetime.fromtimestamp(record.end_time, UTC)
+        day = date.fromisoformat(tags[SESSION_DATE_TAG]) if SESSION_DATE_TAG in tags else record.create_timestamp.date()
+        runs.append(PastRun(day, _outcome(record.dagster_run), ended))
+    return runs
+
+
+def _outcome(run: dg.DagsterRun) -> Outcome:
+    if run.status in _ACTIVE:
+        return Outcome.ACTIVE
+    if run.status is dg.DagsterRunStatus.SUCCESS:
+        return Outcome.SUCCEEDED
+    if run.status is dg.DagsterRunStatus.CANCELED:
+        return Outcome.STOPPED if STOPPED_TAG in run.tags else Outcome.INTERRUPTED
+    return Outcome.FAILED_FOR_GOOD if FAILED_FOR_GOOD_TAG in run.tags else Outcome.FAILED
+
+
+# The sensor that Dagster would make by itself is off in a new instance.
+datasets_follow_sensor = dg.AutomationConditionSensorDefinition(
+    "datasets_follow_sensor",
+    target=dg.AssetSelection.all(),
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=15,
+    description="Makes the datasets of a day anew whenever their inputs have changed.",
+)

@@ -1,0 +1,124 @@
+"""The environment variables, read and checked in one place. Every error names its variable.
+
+Belongs here: names, defaults and rules of configuration. Does not belong here: using any of it.
+
+Without POLYGON_API_KEY the built-in simulator is the feed, and a demo lake below `var/demo` takes what it sends.
+`POLYGON_API_KEY=simulator` asks for the simulator by name; only then may it feed an `s3://` lake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from polygon_pipeline.market.bars import Channel, ticker_fault
+
+WEBSOCKET_URL = "wss://socket.massive.com/stocks"
+REST_URL = "https://api.massive.com"
+SIMULATOR_KEY = "simulator"
+# What a newcomer watches: liquid, quiet, a class share and a preferred share.
+DEFAULT_TICKERS = "SPY,QQQ,AAPL,MSFT,NVDA,AMZN,TSLA,BRK.B,KIMpL,IBM"
+
+
+class ConfigurationError(Exception):
+    """A variable has a value that cannot work; the text names it and says what would."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment's say. tickers: symbols, or `("*",)` for the whole market."""
+
+    feed: str
+    api_key: str = field(repr=False)
+    websocket_url: str | None
+    rest_url: str
+    tickers: tuple[str, ...]
+    channels: tuple[Channel, ...]
+    lake_uri: str
+    journal_dir: Path
+
+    @property
+    def is_simulated(self) -> bool:
+        return self.feed == "simulated"
+
+    @property
+    def is_whole_market(self) -> bool:
+        return self.tickers == ("*",)
+
+    @property
+    def topics(self) -> list[str]:
+        """The subscriptions, such as `AM.SPY`."""
+        return [f"{channel}.{ticker}" for channel in self.channels for ticker in self.tickers]
+
+
+def load(environment: Mapping[str, str]) -> Settings:
+    """Reads the variables. Raises ConfigurationError for a value that cannot work; nothing is contacted."""
+    api_key = environment.get("POLYGON_API_KEY", "").strip()
+    simulated = api_key in ("", SIMULATOR_KEY)
+    base = Path("var/demo" if simulated else "var").resolve()
+    websocket_url = environment.get("POLYGON_WEBSOCKET_URL") or (None if simulated else WEBSOCKET_URL)
+    rest_url = environment.get("POLYGON_REST_URL") or REST_URL
+    if websocket_url:
+        require_private("POLYGON_WEBSOCKET_URL", websocket_url, "wss", "ws")
+    require_private("POLYGON_REST_URL", rest_url, "https", "http")
+    lake_uri = environment.get("LAKE_URI") or (base / "lake").as_uri()
+    if lake_uri.startswith("s3://") and not api_key:
+        raise ConfigurationError(
+            f"LAKE_URI is {lake_uri}, but without POLYGON_API_KEY the feed would be simulated. Set POLYGON_API_KEY to "
+            f"collect the market, or to {SIMULATOR_KEY!r} to put simulated data there on purpose."
+        )
+    return Settings(
+        feed="simulated" if simulated else "polygon",
+        api_key=api_key or SIMULATOR_KEY,
+        websocket_url=websocket_url,
+        rest_url=rest_url,
+        tickers=parse_tickers(environment.get("POLYGON_TICKERS", DEFAULT_TICKERS).split(",")),
+        channels=parse_channels(environment.get("POLYGON_CHANNELS", Channel.MINUTE).split(",")),
+        lake_uri=lake_uri,
+        journal_dir=Path(environment.get("JOURNAL_DIR") or base / "journal").resolve(),
+    )
+
+
+def parse_tickers(names: list[str]) -> tuple[str, ...]:
+    """Symbols in their own case, without repeats, or `("*",)`."""
+    tickers = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not tickers:
+        raise ConfigurationError("POLYGON_TICKERS is empty. Name tickers, such as SPY,BRK.B, or * for all.")
+    if "*" in tickers:
+        return ("*",)
+    for ticker in tickers:
+        if fault := ticker_fault(ticker):
+            raise ConfigurationError(f"POLYGON_TICKERS has {ticker!r}: {fault}.")
+    return tickers
+
+
+def parse_channels(names: list[str]) -> tuple[Channel, ...]:
+    known = {str(channel): channel for channel in Channel}
+    wanted = [name.strip() for name in names if name.strip()]
+    if not wanted or any(name not in known for name in wanted):
+        raise ConfigurationError(f"POLYGON_CHANNELS is {','.join(names)!r}; it must be AM, A or AM,A.")
+    return tuple(dict.fromkeys(known[name] for name in wanted))
+
+
+def require_private(variable: str, url: str, secure: str, plain: str) -> None:
+    """The URL must be encrypted, or lead to this machine: keys and data go over nothing else."""
+    parts = urlsplit(url)
+    if not parts.hostname or parts.scheme not in (secure, plain):
+        raise ConfigurationError(f"{variable} is not a {secure}:// URL.")
+    if parts.username or parts.password or parts.query:
+        raise ConfigurationError(f"{variable} must hold no credentials, because URLs are logged.")
+    if parts.scheme == plain and not _is_loopback(parts.hostname):
+        raise ConfigurationError(
+            f"{variable} is {plain}:// to {parts.hostname}; unencrypted {plain}:// serves this machine only. "
+            f"Use {secure}://."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
