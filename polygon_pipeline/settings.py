@@ -15,12 +15,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from polygon_pipeline.market.bars import Channel, ticker_fault
+from polygon_pipeline.simulator.tickers import WATCH_LIST
 
 WEBSOCKET_URL = "wss://socket.massive.com/stocks"
 REST_URL = "https://api.massive.com"
 SIMULATOR_KEY = "simulator"
-# What a newcomer watches: liquid, quiet, a class share and a preferred share.
-DEFAULT_TICKERS = "SPY,QQQ,AAPL,MSFT,NVDA,AMZN,TSLA,BRK.B,KIMpL,IBM"
 
 
 class ConfigurationError(Exception):
@@ -75,7 +74,7 @@ def load(environment: Mapping[str, str]) -> Settings:
         api_key=api_key or SIMULATOR_KEY,
         websocket_url=websocket_url,
         rest_url=rest_url,
-        tickers=parse_tickers(environment.get("POLYGON_TICKERS", DEFAULT_TICKERS).split(",")),
+        tickers=parse_tickers(environment.get("POLYGON_TICKERS", ",".join(WATCH_LIST)).split(",")),
         channels=parse_channels(environment.get("POLYGON_CHANNELS", Channel.MINUTE).split(",")),
         lake_uri=lake_uri,
         journal_dir=Path(environment.get("JOURNAL_DIR") or base / "journal").resolve(),

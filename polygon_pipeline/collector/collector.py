@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -30,9 +30,10 @@ from polygon_pipeline.collector.journal import (
     LeftoverJournal,
     leftovers,
 )
+from polygon_pipeline.collector.lease import RENEW_SECONDS, Lease, Status
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.lake.store import STORE_ERRORS, Lake, brief, permanent_fault
-from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind, Stream
+from polygon_pipeline.polygon.stream import Backoff, ConnectionEvent, EventKind, Stream
 
 T = TypeVar("T")
 
@@ -46,9 +47,14 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to collect and where it is to go. topics: such as `AM.SPY`; times in seconds."""
+    """What a run is to collect and where it is to go.
+
+    run: a name that sorts by time. owner: who to ask about the run (Dagster's run id). topics: such as `AM.SPY`.
+    quiet_limit: how many seconds a subscribed connection may bring no frame, now; None for any time.
+    """
 
     run: str
+    owner: str
     session_date: date
     feed: str
     url: str
@@ -58,6 +64,7 @@ class Plan:
     write_objects: bool = True
     write_frames: bool = True
     checkpoint_seconds: float = 300.0
+    quiet_limit: Callable[[], float | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -80,28 +87,32 @@ class Progress:
 class Collector:
     """Collects by a plan. Connection changes and faults are told to `log`, always on the thread that calls run()."""
 
-    def __init__(self, lake: Lake, plan: Plan, log: logging.Logger) -> None:
+    def __init__(self, lake: Lake, plan: Plan, log: logging.Logger, backoff: Backoff | None = None) -> None:
         self._lake = lake
         self._plan = plan
         self._log = log
+        self._backoff = backoff
         self._started = time.monotonic()
         self._stop_stream = threading.Event()
         self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+        self._admitted = threading.Event()
         self._draining = threading.Event()
+        self._finished = threading.Event()
+        self._connected = False
         self._drain_deadline = math.inf
         self._store_fault: str | None = None
         self._reported: dict[date, int] = {}
 
-    def run(self, ending: Callable[[], str | None], on_checkpoint: Callable[[Progress], None]) -> Progress:
-        """Collects until `ending` (asked twice a second) gives a reason, then drains, and returns the last progress.
+    def run(self, ending: Callable[[], str | None], on_checkpoint: Callable[[Progress], None]) -> str:
+        """Collects until `ending` (asked twice a second) gives a reason, then drains, and returns the reason.
 
         on_checkpoint is called every checkpoint_seconds, when the frames received until then are on the lake, and
-        once at the end. Raises LakeError or StreamRefused where trying again cannot help, and JournalError when the
-        journal cannot be written; what was received until then is drained all the same.
+        once at the end. Raises LakeError or StreamRefused where trying again cannot help, LeaseHeld or LeaseLost when
+        another collector is at work, and JournalError when the journal cannot be written; what was received until
+        then is drained all the same.
         """
         plan = self._plan
-        self._lake.claim(plan.feed)
         left = leftovers(plan.journal_dir)
         header = JournalHeader(
             run=plan.run,
@@ -114,21 +125,38 @@ class Collector:
         )
         self._journal = Journal(plan.journal_dir, header)
         self._publisher = Publisher(self._lake, self._journal, header)
-        stream = self._thread("stream", self._receive)
         publishing = self._thread("publish", lambda: self._publish(left))
+        stream: threading.Thread | None = None
         failure: BaseException | None = None
         try:
-            reason = self._watch(ending, on_checkpoint)
+            reason = self._wait_for_admission(ending)
+            if reason is None:
+                stream = self._thread("stream", self._receive)
+                reason = self._watch(ending, on_checkpoint)
         except BaseException as error:  # noqa: BLE001 whatever ends the run, what it received is drained first
             reason, failure = f"failed: {brief(error)}", error
         self._stop_stream.set()
-        stream.join()
-        self._drain(reason, publishing)
+        if stream:
+            stream.join()
+        self._drain(reason, publishing, received=stream is not None)
         if failure:
             raise failure
-        progress = self._progress()
-        on_checkpoint(progress)
-        return progress
+        self._checkpoint(on_checkpoint)
+        return reason
+
+    def _wait_for_admission(self, ending: Callable[[], str | None]) -> str | None:
+        """Waits for the lake and the lease, before the vendor is told: a second connection would evict the first.
+
+        A lake that is down is not waited for: the journal takes what comes, and admission follows. Returns a reason
+        where the run is to end already.
+        """
+        while not self._admitted.is_set() and self._store_fault is None:
+            if not self._failures.empty():
+                raise self._failures.get()
+            if reason := ending():
+                return reason
+            self._admitted.wait(_POLL_SECONDS)
+        return None
 
     def _watch(self, ending: Callable[[], str | None], on_checkpoint: Callable[[Progress], None]) -> str:
         next_checkpoint = time.monotonic() + self._plan.checkpoint_seconds
@@ -144,10 +172,10 @@ class Collector:
                 self._journal.rotate()
             if self._publisher.segments_published > reported:
                 reported = self._publisher.segments_published
-                on_checkpoint(self._progress())
+                self._checkpoint(on_checkpoint)
             time.sleep(_POLL_SECONDS)
 
-    def _drain(self, reason: str, publishing: threading.Thread) -> None:
+    def _drain(self, reason: str, publishing: threading.Thread, received: bool) -> None:
         """Publishes the rest, as long as that makes progress; what is left waits for the next start."""
         with contextlib.suppress(JournalError):  # raised where it happened: this only ends what can be ended
             self._journal.append(Kind.EVENT, msgspec.json.encode(ConnectionEvent(EventKind.ENDED, reason)))
@@ -156,8 +184,9 @@ class Collector:
         self._drain_deadline = time.monotonic() + DRAIN_SECONDS
         self._draining.set()
         publishing.join()
+        self._finished.set()
         self._tell()
-        if self._journal.numbers():
+        if received and self._journal.numbers():
             self._log.error(
                 f"{self._backlog_bytes()} bytes could not be published and wait in {self._journal.folder}; the next "
                 f"start on this machine publishes them. The lake's last fault: {self._store_fault}"
@@ -174,16 +203,25 @@ class Collector:
             on_frame=lambda payload: self._journal.append(Kind.FRAME, payload),
             on_event=self._note_connection,
             stop=self._stop_stream,
+            backoff=self._backoff,
+            quiet_limit=self._plan.quiet_limit,
         ).run()
 
     def _note_connection(self, event: ConnectionEvent) -> None:
         self._journal.append(Kind.EVENT, msgspec.json.encode(event))
+        if event.kind in (EventKind.SUBSCRIBED, EventKind.DISCONNECTED, EventKind.REFUSED):
+            self._connected = event.kind is EventKind.SUBSCRIBED
         routine = event.kind in (EventKind.CONNECTED, EventKind.SUBSCRIBED)
         retry = "" if event.retry_seconds is None else f"; next attempt in {event.retry_seconds:.1f} s"
         self._messages.put((logging.INFO if routine else logging.WARNING, f"{event.kind}: {event.detail}{retry}"))
 
     def _publish(self, left: Sequence[LeftoverJournal]) -> None:
+        lease = Lease(self._lake, self._plan.run, self._plan.owner)
         try:
+            self._persist(lambda: self._lake.claim(self._plan.feed))
+            self._persist(lambda: lease.acquire(self._wait_unless_draining))
+            self._admitted.set()
+            renewing = self._thread("lease", lambda: self._renew(lease))
             # Dead runs first: their bars are older, and so revisions reach the lake in the order they came.
             for journal in left:
                 self._recover(journal)
@@ -196,8 +234,34 @@ class Collector:
                 self._journal.wait(*self._publisher.position, _POLL_SECONDS)
                 time.sleep(_LINGER_SECONDS)
             self._persist(lambda: self._publisher.put_ledger(complete=True))
-        except _GivenUp:
-            pass  # _drain says what is left
+            self._finished.set()
+            renewing.join()
+            self._persist(lease.release)
+        except _GivenUp:  # _drain says what is left
+            with contextlib.suppress(*STORE_ERRORS):
+                lease.release()
+
+    def _renew(self, lease: Lease) -> None:
+        """Keeps the lease until the run is over. A store that is down does not end it; another holder does."""
+        while not self._finished.wait(RENEW_SECONDS):
+            progress = self._progress()
+            with contextlib.suppress(*STORE_ERRORS):  # the publisher tells of them
+                lease.renew(
+                    Status(
+                        connected=self._connected,
+                        bars=progress.account.bars,
+                        bars_per_second=round(progress.account.bars / progress.elapsed_seconds, 1),
+                        last_bar=progress.account.last_received_at,
+                        backlog_bytes=progress.backlog_bytes,
+                        unpublished_seconds=round(progress.unpublished_seconds, 1),
+                        gaps=len(progress.account.gaps()),
+                        store_fault=progress.store_fault,
+                    )
+                )
+
+    def _wait_unless_draining(self, seconds: float) -> None:
+        if self._draining.wait(seconds):
+            raise _GivenUp
 
     def _recover(self, journal: LeftoverJournal) -> None:
         """Publishes what a dead run left, and completes its ledger."""
@@ -247,16 +311,22 @@ class Collector:
                 self._drain_deadline = time.monotonic() + DRAIN_SECONDS
             return result
 
-    def _progress(self) -> Progress:
-        account = self._publisher.account
-        bars = {day: sum(count.bars for count in channels.values()) for day, channels in account.days.items()}
+    def _checkpoint(self, on_checkpoint: Callable[[Progress], None]) -> None:
+        """Tells the caller how it stands, and which dates got bars since it was last told."""
+        progress = self._progress()
+        days = progress.account.days
+        bars = {day: sum(count.bars for count in channels.values()) for day, channels in days.items()}
         dates = frozenset(day for day, count in bars.items() if count != self._reported.get(day))
         self._reported = bars
+        on_checkpoint(replace(progress, dates=dates))
+
+    def _progress(self) -> Progress:
+        account = self._publisher.account
         backlog = self._backlog_bytes()
         oldest = (account.last_received_at or datetime.now(UTC)) if backlog else datetime.now(UTC)
         return Progress(
             account=account,
-            dates=dates,
+            dates=frozenset(),
             tickers=len(self._publisher.tickers),
             elapsed_seconds=time.monotonic() - self._started,
             backlog_bytes=backlog,

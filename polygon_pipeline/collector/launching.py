@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import Enum, auto
 
+from polygon_pipeline.collector.lease import Holding
 from polygon_pipeline.market.calendar import NEW_YORK, completed_sessions, current_or_next_session, session
 
 # Bars are revised for about 15 minutes after their end; the last ones of after hours are waited for.
 REVISIONS = timedelta(minutes=20)
 DEMO_SESSIONS = 5
+# Taking over an expired lease takes up to 75 s, and ending a run a few.
+_WITHOUT_LEASE = timedelta(minutes=3)
+_QUIET_SECONDS = 180.0
 _FIRST_PAUSE = timedelta(seconds=30)
 _LONGEST_PAUSE = timedelta(minutes=10)
 
@@ -61,6 +65,25 @@ def session_end(day: date) -> datetime:
     if found is None:
         raise ValueError(f"{day} is not a trading day")
     return found.post_close + REVISIONS
+
+
+def cause_of_death(now: datetime, owner: str, started_at: datetime, lease: Holding | None) -> str | None:
+    """Why a run that counts as started is dead, or None if it may be alive. owner: the run's id.
+
+    A run holds the lease, or is about to take it or to end; whoever has been without it for minutes is gone.
+    """
+    seen = started_at
+    if lease is not None and lease.owner == owner:
+        if not lease.released:
+            return f"its lease, last renewed {lease.renewed_at:%H:%M:%S} UTC, is dead" if lease.is_free(now) else None
+        seen = lease.renewed_at
+    return "it holds no lease" if now > seen + _WITHOUT_LEASE else None
+
+
+def quiet_limit(now: datetime) -> float | None:
+    """How many seconds without a bar are suspicious now: minutes in regular hours, any number outside them."""
+    found = current_or_next_session(now)
+    return _QUIET_SECONDS if found.open + timedelta(seconds=_QUIET_SECONDS) <= now < found.close else None
 
 
 def decide_live(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> Start | Wait:

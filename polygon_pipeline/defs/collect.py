@@ -9,6 +9,8 @@ published waits in the journal. The job has no retry policy, because with one Te
 """
 
 import contextlib
+import math
+import os
 import signal
 import threading
 import time
@@ -41,6 +43,14 @@ RAW_ASSETS = {Channel.MINUTE: "raw_bars", Channel.SECOND: "raw_second_bars"}
 _DEMO_SPEED = 320.0
 _CHECKPOINT_SECONDS = 300.0
 _DEMO_CHECKPOINT_SECONDS = 30.0
+_LOOK_AT_RUN_SECONDS = 5.0
+
+# The reasons for which a run ends as canceled.
+_TERMINATED = "terminated"
+_ORPHANED = "orphaned: nobody manages this run any more"
+
+# Asked now and then whether a run is to end; gives the reason, or None.
+Ending = Callable[[], str | None]
 
 
 class CollectConfig(dg.Config):
@@ -82,6 +92,7 @@ def collect_aggregates(
         default_checkpoint = _DEMO_CHECKPOINT_SECONDS if wanted.is_simulated else _CHECKPOINT_SECONDS
         with _feed(wanted, day) as (url, feed_is_over):
             plan = Plan(
+                owner=context.run_id,
                 run=f"{datetime.now(UTC):%Y%m%dT%H%M%S}Z-{context.run_id[:8]}",
                 session_date=day,
                 feed=wanted.feed,
@@ -92,10 +103,17 @@ def collect_aggregates(
                 write_objects=not wanted.is_whole_market if config.write_objects is None else config.write_objects,
                 write_frames=config.write_frames,
                 checkpoint_seconds=config.checkpoint_seconds or default_checkpoint,
+                quiet_limit=lambda: None if wanted.is_simulated else launching.quiet_limit(datetime.now(UTC)),
             )
-            ending = _ending(stop, config.stop_after_seconds, feed_is_over)
-            Collector(opened, plan, context.log).run(ending, lambda progress: _report(context, wanted.feed, progress))
-        if stop.requested:
+            ending = _first_of(
+                lambda: _TERMINATED if stop.requested else None,
+                _after(config.stop_after_seconds),
+                feed_is_over,
+                _orphaned(context),
+            )
+            collector = Collector(opened, plan, context.log)
+            reason = collector.run(ending, lambda progress: _report(context, wanted.feed, progress))
+        if reason in (_TERMINATED, _ORPHANED):
             _tag_who_stopped(context)
             raise dg.DagsterExecutionInterruptedError  # ends the run as canceled; returning would call it a success
 
@@ -135,7 +153,7 @@ def _session_date(config: CollectConfig, wanted: settings.Settings) -> date:
 
 
 @contextlib.contextmanager
-def _feed(wanted: settings.Settings, day: date) -> Iterator[tuple[str, Callable[[], str | None]]]:
+def _feed(wanted: settings.Settings, day: date) -> Iterator[tuple[str, Ending]]:
     """The feed's URL, and a function that says why it is over, or None. Where no URL is set, a simulator is started."""
     if wanted.websocket_url is not None:
         end = launching.session_end(day)
@@ -143,8 +161,9 @@ def _feed(wanted: settings.Settings, day: date) -> Iterator[tuple[str, Callable[
         return
     from polygon_pipeline.simulator.exchange import Exchange
     from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
+    from polygon_pipeline.simulator.tickers import WATCH_LIST
 
-    market = SyntheticMarket(settings.DEFAULT_TICKERS.split(",") if wanted.is_whole_market else wanted.tickers)
+    market = SyntheticMarket(WATCH_LIST if wanted.is_whole_market else wanted.tickers)
     with Exchange(SyntheticFeed(market, day, wanted.channels), speed=_DEMO_SPEED, key=wanted.api_key) as exchange:
         yield exchange.url, lambda: "the simulated session is over" if exchange.finished.is_set() else None
 
@@ -172,19 +191,36 @@ class _Stop:
         self.requested = True
 
 
-def _ending(
-    stop: _Stop, stop_after_seconds: float | None, feed_is_over: Callable[[], str | None]
-) -> Callable[[], str | None]:
-    deadline = None if stop_after_seconds is None else time.monotonic() + stop_after_seconds
+def _first_of(*reasons: Ending) -> Ending:
+    return lambda: next((found for reason in reasons if (found := reason())), None)
 
-    def ending() -> str | None:
-        if stop.requested:
-            return "terminated"
-        if deadline is not None and time.monotonic() >= deadline:
-            return f"stop_after_seconds ({stop_after_seconds:g}) are over"
-        return feed_is_over()
 
-    return ending
+def _after(seconds: float | None) -> Ending:
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    return lambda: f"stop_after_seconds ({seconds:g}) are over" if time.monotonic() >= deadline else None
+
+
+def _orphaned(context: dg.OpExecutionContext) -> Ending:
+    """Says so when nobody manages this process any more: it would go on collecting beside its successor.
+
+    That is when its run was ended from outside (the sensor took it for dead, say), or when the process that
+    launched it is gone. A run started on the command line may outlive its shell.
+    """
+    parent = os.getppid() if context.run.remote_job_origin else None
+    looked = time.monotonic()
+    ours = {dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING}
+
+    def orphaned() -> str | None:
+        nonlocal looked
+        if parent is not None and os.getppid() != parent:
+            return _ORPHANED
+        if time.monotonic() < looked + _LOOK_AT_RUN_SECONDS:
+            return None
+        looked = time.monotonic()
+        run = context.instance.get_run_by_id(context.run_id)
+        return _ORPHANED if run is None or run.status not in ours else None
+
+    return orphaned
 
 
 def _report(context: dg.OpExecutionContext, feed: str, progress: "Progress") -> None:

@@ -5,7 +5,7 @@ from datetime import UTC, date, datetime
 
 import dagster as dg
 
-from polygon_pipeline.collector.launching import Outcome, PastRun, Start, decide_demo, decide_live
+from polygon_pipeline.collector.launching import Outcome, PastRun, Start, cause_of_death, decide_demo, decide_live
 from polygon_pipeline.defs.collect import (
     FAILED_FOR_GOOD_TAG,
     FEED_TAG,
@@ -13,7 +13,7 @@ from polygon_pipeline.defs.collect import (
     STOPPED_TAG,
     collect_aggregates_job,
 )
-from polygon_pipeline.defs.resources import PolygonResource
+from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.settings import ConfigurationError
 
 _LOADED_AT = datetime.now(UTC)
@@ -36,12 +36,13 @@ _RUNS_LOOKED_AT = 200
     description="Starts one collector a session, and the next attempt when one died. Without a key: the demo.",
 )
 def market_session_sensor(
-    context: dg.SensorEvaluationContext, polygon: PolygonResource
+    context: dg.SensorEvaluationContext, polygon: PolygonResource, lake: LakeResource
 ) -> dg.RunRequest | dg.SkipReason:
     try:
         wanted = polygon.settings()
     except ConfigurationError as error:
         return dg.SkipReason(f"nothing is collected: {error}")
+    _bury_the_dead(context, lake)
     decide = decide_demo if wanted.websocket_url is None else decide_live
     decision = decide(datetime.now(UTC), _LOADED_AT, _past_runs(context.instance, wanted.feed))
     if not isinstance(decision, Start):
@@ -53,6 +54,30 @@ def market_session_sensor(
         run_config={"ops": {"collect_aggregates": {"config": {"session_date": day}}}},
         tags={SESSION_DATE_TAG: day, FEED_TAG: wanted.feed, "polygon_pipeline/attempt": str(decision.attempt)},
     )
+
+
+def _bury_the_dead(context: dg.SensorEvaluationContext, lake: LakeResource) -> None:
+    """Reports runs failed whose process is gone: the default launcher would leave them started for ever."""
+    from polygon_pipeline.collector.lease import read_lease
+    from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
+
+    job = collect_aggregates_job.name
+    started = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+    records = context.instance.get_run_records(dg.RunsFilter(job_name=job, statuses=started))
+    if not records:
+        return
+    try:
+        lease = read_lease(lake.open())
+    except (*STORE_ERRORS, LakeError) as error:
+        context.log.warning(f"the lease cannot be read, so nobody is taken for dead: {brief(error)}")
+        return
+    for record in records:
+        run = record.dagster_run
+        began = datetime.fromtimestamp(record.start_time, UTC) if record.start_time else record.create_timestamp
+        if cause := cause_of_death(datetime.now(UTC), run.run_id, began, lease):
+            message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
+            context.log.warning(f"run {run.run_id}: {message}")
+            context.instance.report_run_failed(run, message)
 
 
 def _past_runs(instance: dg.DagsterInstance, feed: str) -> Sequence[PastRun]:

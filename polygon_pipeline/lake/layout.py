@@ -13,6 +13,9 @@ from polygon_pipeline.market.bars import Channel, iso_seconds
 # Which feed fills this lake: simulated and real data are never mixed.
 FEED_KEY = "feed.json"
 
+# Who collects into this lake, with its live status.
+LEASE_KEY = "lease.json"
+
 _RAW = {Channel.MINUTE: "raw-data", Channel.SECOND: "raw-data-second"}
 
 

@@ -71,6 +71,11 @@ class Lake:
     def is_s3(self) -> bool:
         return self.uri.startswith("s3://")
 
+    @property
+    def local_root(self) -> Path:
+        """The folder of a `file://` lake."""
+        return Path(unquote(urlsplit(self.uri).path))
+
     def url(self, key: str) -> str:
         return f"{self.uri.rstrip('/')}/{key}"
 

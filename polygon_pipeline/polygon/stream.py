@@ -30,6 +30,8 @@ SILENCE_SECONDS = 30.0
 HANDSHAKE_SECONDS = 20.0
 # Topics in one subscribe message: far below any limit met so far, and few messages for a long list.
 TOPICS_A_MESSAGE = 500
+# The whole market's minute in one frame is 2.5 MB. What is larger is no frame of this feed, and would fill memory.
+MAX_FRAME_BYTES = 8 * 1024 * 1024
 
 _SOCKET_ERRORS = (websocket.WebSocketException, OSError, ValueError)
 
@@ -91,6 +93,7 @@ class _Connection:
     opened: float = field(default_factory=time.monotonic)
     subscribed: float | None = None
     heard: float = field(default_factory=time.monotonic)
+    fed: float = field(default_factory=time.monotonic)
     pinged: float = field(default_factory=time.monotonic)
     warning: str | None = None
     evicted: bool = False
@@ -108,7 +111,9 @@ class Stream:
     """Receives frames until `stop` is set; run() blocks, and is meant for a thread of its own.
 
     topics: subscriptions such as `AM.AAPL` or `AM.*`. on_frame and on_event are called on the stream's thread and
-    must be quick; an exception they raise ends the stream.
+    must be quick; an exception they raise ends the stream. quiet_limit: how many seconds a subscribed connection may
+    bring no frame, asked every second; None says that silence is normal now. A list that stays silent is given twice
+    the time with every connection, until a frame comes.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class Stream:
         on_event: Callable[[ConnectionEvent], None],
         stop: threading.Event,
         backoff: Backoff | None = None,
+        quiet_limit: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._url = url
         self._key = key
@@ -129,6 +135,8 @@ class Stream:
         self._on_event = on_event
         self._stop = stop
         self._backoff = backoff or Backoff()
+        self._quiet_limit = quiet_limit
+        self._patience = 1.0
 
     def run(self) -> None:
         """Returns when stopped. Raises StreamRefused where trying again cannot help."""
@@ -164,6 +172,7 @@ class Stream:
     def _socket(self) -> Iterator[websocket.WebSocket]:
         socket = websocket.WebSocket(skip_utf8_validation=True)  # in pure Python it costs 10 ms a frame
         try:
+            _bound_frames(socket)
             try:
                 socket.connect(self._url, timeout=10)
             except _SOCKET_ERRORS as error:
@@ -185,6 +194,9 @@ class Stream:
         connection.heard = time.monotonic()
         if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
             self._on_frame(data)
+            if connection.subscribed:
+                connection.fed = connection.heard
+                self._patience = 1.0
             return decode_statuses(data)
         if opcode == websocket.ABNF.OPCODE_CLOSE:
             code, reason = int.from_bytes(data[:2]), data[2:].decode(errors="replace")
@@ -225,7 +237,7 @@ class Stream:
         self._on_event(ConnectionEvent(EventKind.WARNED, connection.warning))
 
     def _begin(self, connection: _Connection) -> None:
-        connection.subscribed = time.monotonic()
+        connection.subscribed = connection.fed = time.monotonic()
         confirmed = len(self._topics) - len(connection.unacknowledged)
         self._on_event(ConnectionEvent(EventKind.SUBSCRIBED, f"{confirmed} of {len(self._topics)} topics"))
 
@@ -240,6 +252,10 @@ class Stream:
                 socket.ping()
             except _SOCKET_ERRORS as error:
                 raise _lost(error) from error
+        limit = self._quiet_limit() if connection.subscribed else None
+        if limit is not None and now - connection.fed > limit * self._patience:
+            self._patience *= 2
+            raise _Disconnected(f"no bar came for {now - connection.fed:.0f} s while the market was open")
         if not connection.subscribed and now - connection.opened > HANDSHAKE_SECONDS:
             if len(connection.unacknowledged) == len(self._topics):
                 raise _Disconnected(f"no subscription was acknowledged within {HANDSHAKE_SECONDS:.0f} s")
@@ -247,6 +263,19 @@ class Stream:
             missing = ", ".join(sorted(connection.unacknowledged))
             self._on_event(ConnectionEvent(EventKind.UNACKNOWLEDGED, f"no answer to the subscription to {missing}"))
             self._begin(connection)
+
+
+def _bound_frames(socket: websocket.WebSocket) -> None:
+    """Refuses a frame by its announced length, before its payload is read into memory."""
+    buffer = socket.frame_buffer
+    read_length = buffer.recv_length
+
+    def recv_length() -> None:
+        read_length()
+        if buffer.length > MAX_FRAME_BYTES:
+            raise _Disconnected(f"the server announced a frame of {buffer.length} bytes, above {MAX_FRAME_BYTES}")
+
+    buffer.recv_length = recv_length
 
 
 def _lost(error: Exception) -> _Disconnected:

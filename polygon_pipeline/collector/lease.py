@@ -1,0 +1,195 @@
+"""One collector a lake: a lease with an expiry, renewed while the collector runs, with its live status inside.
+
+Belongs here: taking, renewing and losing the lease, and judging from outside whether its holder is alive. Does not
+belong here: what a collector does when it has lost it (collector.collector), or who is started instead (launching).
+
+On S3 the lease is one object, written under a condition only: it did not exist, or it is the version last read. On
+a local lake an OS lock beside it excludes others, and ends with the process. A lease that cannot be renewed because
+the store is down is not lost: nobody else can take it either. It is lost when another has taken it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import obstore
+from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.store import NOT_FOUND, Lake
+
+TTL = timedelta(seconds=60)
+RENEW_SECONDS = 15.0
+# Machines' clocks differ: who takes a lease over waits this much longer than its expiry.
+CLOCK_TOLERANCE = timedelta(seconds=15)
+
+
+class LeaseHeld(Exception):
+    """Another collector is alive."""
+
+
+class LeaseLost(Exception):
+    """Another collector has taken over."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """How the holder does. Times in UTC; last_bar: when the last published frame arrived; bars: published so far."""
+
+    connected: bool = False
+    bars: int = 0
+    bars_per_second: float = 0.0
+    last_bar: datetime | None = None
+    backlog_bytes: int = 0
+    unpublished_seconds: float = 0.0
+    gaps: int = 0
+    store_fault: str | None = None
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """The lease's content. owner: who may be asked about the run (Dagster's run id); machine: host and boot."""
+
+    run: str
+    owner: str
+    machine: str
+    pid: int
+    renewed_at: datetime
+    expires_at: datetime
+    status: Status = Status()
+    released: bool = False
+
+    def is_free(self, now: datetime) -> bool:
+        """Whether the next collector may take it: released, its process gone from this machine, or expired."""
+        if self.released or (self.machine == this_machine() and not _is_running(self.pid)):
+            return True
+        return now > self.expires_at + CLOCK_TOLERANCE
+
+
+def read_lease(lake: Lake) -> Holding | None:
+    """Who holds the lake's lease, or held it last; None if nobody does."""
+    content = lake.get(layout.LEASE_KEY)
+    return _decode(content) if content else None
+
+
+class Lease:
+    """A collector's side of it. Not thread-safe. The store's errors pass through: the caller tries again."""
+
+    def __init__(self, lake: Lake, run: str, owner: str) -> None:
+        self._lake = lake
+        self._run = run
+        self._owner = owner
+        self._status = Status()
+        self._etag: str | None = None
+        self._lock: int | None = None
+
+    def acquire(self, wait: Callable[[float], None] = time.sleep) -> None:
+        """Takes the lease, waiting for a dead holder's to expire. Raises LeaseHeld where the holder is alive."""
+        if not self._lake.is_s3:
+            self._acquire_lock()
+            self.renew(Status())
+            return
+        seen: Holding | None = None
+        while True:
+            holding, self._etag = self._read()
+            if holding is None or holding.is_free(datetime.now(UTC)):
+                with contextlib.suppress(LeaseLost):  # another was quicker: look at it
+                    self.renew(Status())
+                    return
+                continue
+            if seen is not None and holding.renewed_at != seen.renewed_at:
+                raise LeaseHeld(_held(self._lake.uri, holding))
+            seen = holding
+            wait(2.0)
+
+    def renew(self, status: Status) -> None:
+        """Extends the lease and shows the status. Raises LeaseLost when another has it."""
+        self._status = status
+        self._write(released=False)
+
+    def release(self) -> None:
+        """Gives the lease up, so that the next collector need not wait."""
+        with contextlib.suppress(LeaseLost):
+            self._write(released=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _write(self, released: bool) -> None:
+        now = datetime.now(UTC)
+        content = msgspec.json.encode(
+            Holding(self._run, self._owner, this_machine(), os.getpid(), now, now + TTL, self._status, released)
+        )
+        if not self._lake.is_s3:
+            if self._lock is not None:
+                self._lake.put(layout.LEASE_KEY, content)
+            return
+        mode = "create" if self._etag is None else {"e_tag": self._etag}
+        try:
+            result = obstore.put(self._lake.store, layout.LEASE_KEY, content, mode=mode)  # type: ignore[arg-type]
+        except (PreconditionError, AlreadyExistsError, *NOT_FOUND):
+            # Perhaps our own write, whose answer was lost.
+            holding, etag = self._read()
+            if holding is None or (holding.run, holding.owner) != (self._run, self._owner):
+                raise LeaseLost(_held(self._lake.uri, holding) if holding else "the lease was removed") from None
+            self._etag = etag
+            return
+        self._etag = result["e_tag"]
+
+    def _acquire_lock(self) -> None:
+        self._lock = os.open(self._lake.local_root / "lease.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = None
+            holding = read_lease(self._lake)
+            raise LeaseHeld(_held(self._lake.uri, holding) if holding else f"{self._lake.uri} is locked") from None
+
+    def _read(self) -> tuple[Holding | None, str | None]:
+        try:
+            result = obstore.get(self._lake.store, layout.LEASE_KEY)
+        except NOT_FOUND:
+            return None, None
+        return _decode(bytes(result.bytes())), result.meta["e_tag"]
+
+
+def _decode(content: bytes) -> Holding | None:
+    """An unreadable lease is nobody's."""
+    try:
+        return msgspec.json.decode(content, type=Holding)
+    except ValueError:
+        return None
+
+
+def _held(uri: str, holding: Holding) -> str:
+    return (
+        f"Another collector holds the lease of {uri}: run {holding.run} on {holding.machine.split('/')[0]} (process "
+        f"{holding.pid}), renewed {holding.renewed_at:%Y-%m-%dT%H:%M:%SZ}. Two collectors would evict each other."
+    )
+
+
+def this_machine() -> str:
+    """The host's name and boot: a process id means something within one boot of one host only."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = "unknown-boot"
+    return f"{socket.gethostname()}/{boot}"
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        # A killed process whose parent has not looked yet still has its id.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's process, or no /proc: it runs
+        return True
