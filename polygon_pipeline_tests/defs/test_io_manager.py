@@ -1,0 +1,141 @@
+"""The Parquet IO manager: what assets return is stored a day a file, and given back as the annotation asks."""
+
+from pathlib import Path
+
+import dagster as dg
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dagster_aws.s3 import S3Resource
+
+from polygon_pipeline.defs.io_manager import ParquetIOManager
+from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.resources import LakeResource
+
+_DAY = "2026-11-20"
+_TABLE = pa.table(
+    {
+        "ticker": ["IBM", "SPY"],
+        "timestamp": pa.array([1_795_000_000_000_000, 1_795_000_060_000_000], pa.timestamp("us", tz="UTC")),
+        "close": [1.5, 2.5],
+    }
+)
+
+
+@dg.asset(partitions_def=trading_days, io_manager_key="parquet")
+def as_table() -> pa.Table:
+    return _TABLE
+
+
+@dg.asset(partitions_def=trading_days, io_manager_key="parquet")
+def as_frame() -> pd.DataFrame:
+    frame: pd.DataFrame = _TABLE.to_pandas()
+    return frame
+
+
+@dg.asset(partitions_def=trading_days, io_manager_key="parquet")
+def as_file(lake: LakeResource) -> Path:
+    file = lake.scratch() / "made.parquet"
+    pq.write_table(_TABLE, file)
+    return file
+
+
+@dg.asset(partitions_def=trading_days, io_manager_key="parquet")
+def empty() -> pa.Table:
+    return _TABLE.slice(0, 0)
+
+
+def _materialize(tmp_path: Path, *assets: dg.AssetsDefinition, day: str | None = _DAY) -> dg.ExecuteInProcessResult:
+    lake = LakeResource(s3=S3Resource(), uri=tmp_path.as_uri())
+    resources = {"lake": lake, "parquet": ParquetIOManager(lake=lake)}
+    return dg.materialize(list(assets), resources=resources, partition_key=day)
+
+
+@pytest.mark.parametrize("made", [as_table, as_frame, as_file])
+def test_tables_frames_and_files_are_stored_as_one_parquet_file_a_day(
+    tmp_path: Path, made: dg.AssetsDefinition
+) -> None:
+    _materialize(tmp_path, made)
+    name = made.key.to_user_string()
+    stored = pq.read_table(tmp_path / "datasets" / name / f"date={_DAY}" / "data.parquet", partitioning=None)
+    assert stored.to_pylist() == _TABLE.to_pylist()
+
+
+def test_an_input_comes_as_its_annotation_asks(tmp_path: Path) -> None:
+    seen: dict[str, object] = {}
+
+    @dg.asset(partitions_def=trading_days)
+    def reads_a_table(as_table: pa.Table) -> None:
+        seen["table"] = as_table
+
+    @dg.asset(partitions_def=trading_days)
+    def reads_a_frame(as_table: pd.DataFrame) -> None:
+        seen["frame"] = as_table
+
+    @dg.asset(partitions_def=trading_days)
+    def reads_a_file(as_table: Path) -> None:
+        seen["file"] = pq.read_table(as_table, partitioning=None)
+
+    _materialize(tmp_path, as_table, reads_a_table, reads_a_frame, reads_a_file)
+    assert seen["table"].to_pylist() == _TABLE.to_pylist()  # type: ignore[attr-defined]
+    assert seen["frame"]["close"].tolist() == [1.5, 2.5]  # type: ignore[index]
+    assert seen["file"].num_rows == 2  # type: ignore[attr-defined]
+
+
+def test_several_days_come_as_a_dict_by_day(tmp_path: Path) -> None:
+    seen: dict[str, pa.Table] = {}
+
+    @dg.asset(
+        ins={"as_table": dg.AssetIn(partition_mapping=dg.SpecificPartitionsPartitionMapping(["2026-11-19", _DAY]))}
+    )
+    def reads_days(as_table: dict[str, pa.Table]) -> None:
+        seen.update(as_table)
+
+    _materialize(tmp_path, as_table, day="2026-11-19")
+    _materialize(tmp_path, as_table, day=_DAY)
+    lake = LakeResource(s3=S3Resource(), uri=tmp_path.as_uri())
+    dg.materialize(
+        [as_table, reads_days],
+        selection=[reads_days],
+        resources={"lake": lake, "parquet": ParquetIOManager(lake=lake)},
+    )
+    assert sorted(seen) == ["2026-11-19", _DAY]
+    assert all(table.num_rows == 2 for table in seen.values())
+
+
+def test_an_empty_day_is_a_failure_and_never_an_empty_file(tmp_path: Path) -> None:
+    with pytest.raises(dg.Failure, match=f"empty of {_DAY} would be empty"):
+        _materialize(tmp_path, empty)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_day_that_was_never_made_is_named(tmp_path: Path) -> None:
+    @dg.asset(partitions_def=trading_days)
+    def reads_a_table(as_table: pa.Table) -> None:
+        raise AssertionError("there was nothing to read")
+
+    lake = LakeResource(s3=S3Resource(), uri=tmp_path.as_uri())
+    result = dg.materialize(
+        [as_table, reads_a_table],
+        selection=[reads_a_table],
+        partition_key=_DAY,
+        resources={"lake": lake, "parquet": ParquetIOManager(lake=lake)},
+        raise_on_error=False,
+    )
+    (failed,) = [event for event in result.all_events if event.is_step_failure]
+    assert f"as_table has no data of {_DAY}" in str(failed.step_failure_data.error)
+
+
+def test_every_materialization_says_what_it_holds(tmp_path: Path) -> None:
+    result = _materialize(tmp_path, as_table)
+    metadata = result.asset_materializations_for_node("as_table")[0].metadata
+    assert metadata["dagster/row_count"].value == 2
+    assert metadata["tickers"].value == 2
+    assert metadata["first_bar"].value == "2026-11-18 11:06:40+00"
+    assert metadata["bytes"].value == next(tmp_path.rglob("*.parquet")).stat().st_size
+    assert metadata["uri"].value == f"{tmp_path.as_uri()}/datasets/as_table/date={_DAY}/data.parquet"
+    schema = metadata["dagster/column_schema"].value
+    assert isinstance(schema, dg.TableSchema)
+    assert [column.name for column in schema.columns] == ["ticker", "timestamp", "close"]
+    assert "| IBM |" in str(metadata["preview"].value)

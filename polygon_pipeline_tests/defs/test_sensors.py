@@ -1,0 +1,122 @@
+"""The collector's sensor, against a real instance: what it asks for, what it waits for, whom it buries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+import msgspec
+import pytest
+from dagster_aws.s3 import S3Resource
+
+from polygon_pipeline.collector.lease import Holding, this_machine
+from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.defs import collect, sensors
+from polygon_pipeline.defs.resources import LakeResource, PolygonResource
+from polygon_pipeline.lake import layout
+from polygon_pipeline.market import calendar
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.instance_for_test() as instance:
+        yield instance
+
+
+@pytest.fixture
+def lake_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "lake").mkdir()
+    monkeypatch.setenv("LAKE_URI", (tmp_path / "lake").as_uri())
+    return tmp_path / "lake"
+
+
+def _tick(instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
+    with dg.build_sensor_context(
+        instance=instance,
+        repository_def=build_defs().get_repository_def(),
+        resources={"polygon": PolygonResource(), "lake": LakeResource(s3=S3Resource())},
+    ) as context:
+        result = sensors.market_session_sensor(context)
+    assert isinstance(result, dg.RunRequest | dg.SkipReason)
+    return result
+
+
+def test_without_a_key_the_oldest_of_the_last_five_sessions_is_played_first(
+    instance: dg.DagsterInstance, lake_dir: Path
+) -> None:
+    request = _tick(instance)
+    assert isinstance(request, dg.RunRequest)
+    day = calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat()
+    assert request.run_key == f"simulated-{day}-1"
+    assert request.tags[collect.SESSION_DATE_TAG] == day
+    assert request.run_config["ops"]["collect_aggregates"]["config"] == {"session_date": day}
+
+
+def test_no_second_collector_is_asked_for_beside_a_queued_one(instance: dg.DagsterInstance, lake_dir: Path) -> None:
+    job = build_defs().get_job_def("collect_aggregates")
+    instance.create_run_for_job(job, tags={collect.SESSION_DATE_TAG: "2026-11-20", collect.FEED_TAG: "simulated"})
+    skip = _tick(instance)
+    assert isinstance(skip, dg.SkipReason)
+    assert "2026-11-20" in (skip.skip_message or "")
+
+
+def test_a_wrong_configuration_is_named_and_nothing_is_started(
+    instance: dg.DagsterInstance, lake_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYGON_CHANNELS", "T")
+    skip = _tick(instance)
+    assert isinstance(skip, dg.SkipReason)
+    assert "POLYGON_CHANNELS" in (skip.skip_message or "")
+
+
+def test_a_run_whose_lease_expired_is_reported_failed_and_the_next_attempt_starts(
+    instance: dg.DagsterInstance, lake_dir: Path
+) -> None:
+    day = calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat()
+    run = _started_run(instance, day)
+    _write_lease(lake_dir, run, expires=datetime.now(UTC) - timedelta(minutes=5), machine="elsewhere/boot")
+    request = _tick(instance)
+    assert isinstance(request, dg.RunRequest)
+    assert request.run_key == f"simulated-{day}-2"
+    buried = instance.get_run_by_id(run.run_id)
+    assert buried is not None
+    assert buried.status is dg.DagsterRunStatus.FAILURE
+
+
+def test_a_run_that_renews_its_lease_is_left_alone(instance: dg.DagsterInstance, lake_dir: Path) -> None:
+    run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
+    _write_lease(lake_dir, run, expires=datetime.now(UTC) + timedelta(minutes=1), machine="elsewhere/boot")
+    assert isinstance(_tick(instance), dg.SkipReason)
+    alive = instance.get_run_by_id(run.run_id)
+    assert alive is not None
+    assert alive.status is dg.DagsterRunStatus.STARTED
+
+
+def test_a_run_whose_process_is_gone_from_this_machine_is_buried_before_its_lease_expires(
+    instance: dg.DagsterInstance, lake_dir: Path
+) -> None:
+    run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
+    _write_lease(lake_dir, run, expires=datetime.now(UTC) + timedelta(minutes=1), machine=this_machine(), pid=2**22 + 1)
+    assert isinstance(_tick(instance), dg.RunRequest)
+
+
+def _started_run(instance: dg.DagsterInstance, day: str) -> dg.DagsterRun:
+    job = build_defs().get_job_def("collect_aggregates")
+    run = instance.create_run_for_job(job, tags={collect.SESSION_DATE_TAG: day, collect.FEED_TAG: "simulated"})
+    event = dg.DagsterEvent(event_type_value="PIPELINE_START", job_name=job.name, message="started")
+    instance.report_dagster_event(event, run_id=run.run_id)
+    return run
+
+
+def _write_lease(lake_dir: Path, run: dg.DagsterRun, expires: datetime, machine: str, pid: int = 1) -> None:
+    holding = Holding(
+        run="20261120T090000Z-abc",
+        owner=run.run_id,
+        machine=machine,
+        pid=pid,
+        renewed_at=expires - timedelta(minutes=1),
+        expires_at=expires,
+    )
+    (lake_dir / layout.LEASE_KEY).write_bytes(msgspec.json.encode(holding))
