@@ -211,7 +211,7 @@ class Collector:
         self._journal.append(Kind.EVENT, msgspec.json.encode(event))
         if event.kind in (EventKind.SUBSCRIBED, EventKind.DISCONNECTED, EventKind.REFUSED):
             self._connected = event.kind is EventKind.SUBSCRIBED
-        routine = event.kind in (EventKind.CONNECTED, EventKind.SUBSCRIBED)
+        routine = event.kind in (EventKind.CONNECTED, EventKind.SUBSCRIBED) or self._stop_stream.is_set()
         retry = "" if event.retry_seconds is None else f"; next attempt in {event.retry_seconds:.1f} s"
         self._messages.put((logging.INFO if routine else logging.WARNING, f"{event.kind}: {event.detail}{retry}"))
 

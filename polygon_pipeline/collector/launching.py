@@ -107,8 +107,11 @@ def decide_demo(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> 
         done = any(run.session_date == day and run.outcome in (Outcome.SUCCEEDED, Outcome.STOPPED) for run in runs)
         if isinstance(decision, Start) or not done or any(run.outcome is Outcome.ACTIVE for run in runs):
             return decision
+    stopped = sorted({str(run.session_date) for run in runs if run.outcome is Outcome.STOPPED} & {*map(str, days)})
     return Wait(
-        f"the simulated sessions from {days[0]} to {days[-1]} are played; set POLYGON_API_KEY to collect the market"
+        f"the simulated sessions from {days[0]} to {days[-1]} are played"
+        + (f", up to where somebody terminated {', '.join(stopped)}" if stopped else "")
+        + "; set POLYGON_API_KEY to collect the market, or launch collect_aggregates to play one again"
     )
 
 

@@ -22,18 +22,19 @@ UNREADABLE_OBJECTS = "unreadable_objects"
 
 raw_bars = dg.AssetSpec(
     "raw_bars",
-    description="Minute bars as received (channel AM), in raw-frames and raw-data. Filled by `collect_aggregates`.",
+    description="Minute bars as received (channel AM), in raw-frames and raw-data. The job `collect_aggregates` fills "
+    "it all day and reports here; it cannot be materialized by hand.",
     partitions_def=trading_days,
-    group_name="raw",
+    group_name="bars",
     kinds={"websocket", "json"},
 )
 
 raw_second_bars = dg.AssetSpec(
     "raw_second_bars",
-    description="Second bars as received (channel A), in raw-frames and raw-data-second. Filled by "
-    "`collect_aggregates`.",
+    description="Second bars as received (channel A), in raw-frames and raw-data-second. The job "
+    "`collect_aggregates` fills it where POLYGON_CHANNELS has A; it cannot be materialized by hand.",
     partitions_def=trading_days,
-    group_name="raw",
+    group_name="second_bars",
     kinds={"websocket", "json"},
 )
 
@@ -56,7 +57,7 @@ def normalized_bars(context: dg.AssetExecutionContext, lake: LakeResource) -> Pa
     partitions_def=trading_days,
     io_manager_key="parquet",
     automation_condition=FOLLOW_INPUTS,
-    group_name="bars",
+    group_name="second_bars",
     kinds={"duckdb", "parquet"},
 )
 def normalized_second_bars(context: dg.AssetExecutionContext, lake: LakeResource) -> Path:
@@ -120,7 +121,7 @@ def _normalize(context: dg.AssetExecutionContext, lake: LakeResource, channel: C
     context.add_output_metadata(
         {
             "frame_files": raw.frame_files,
-            "records_read": raw.records,
+            "raw_objects_without_frames": raw.records,
             UNREADABLE_OBJECTS: dg.MetadataValue.json(dict(sorted(raw.unreadable.items())[:100])),
         }
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-_PREVIEW_ROWS = 5
+_PREVIEW_TICKERS = 8
 
 
 class ParquetIOManager(dg.ConfigurableIOManager):
@@ -99,10 +99,20 @@ def _column_schema(file: Path) -> dg.TableSchema:
 
 
 def _preview(file: Path) -> str:
-    """The file's first rows as a Markdown table."""
-    import pyarrow.parquet as pq
+    """The last bar of the first few tickers, up to its VWAP, as a Markdown table."""
+    import duckdb
 
-    batch = next(pq.ParquetFile(file).iter_batches(batch_size=_PREVIEW_ROWS))
-    rows = [[str(value) for value in row.values()] for row in batch.to_pylist()]
-    lines = [batch.schema.names, ["---"] * len(batch.schema.names), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        columns = connection.read_parquet(str(file)).columns
+        shown = columns[: columns.index("vwap") + 1] if "vwap" in columns else columns
+        rows = connection.execute(
+            f"""
+            SELECT {", ".join(shown)} FROM read_parquet($1)
+            QUALIFY row_number() OVER (PARTITION BY ticker ORDER BY "{columns[1]}" DESC) = 1
+            ORDER BY ticker LIMIT {_PREVIEW_TICKERS}
+            """,
+            [str(file)],
+        ).fetchall()
+    cells = [[f"{value:,.4f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (shown, ["---"] * len(shown), *cells))
