@@ -16,6 +16,7 @@ from pathlib import Path
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
+from polygon_pipeline.simulator.faults import Faults, Kind
 from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline.simulator.replay import replay
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
@@ -60,6 +61,11 @@ def _arguments() -> argparse.Namespace:
         help="market seconds a second: 320 (default) is a day in 3 minutes, 1 is real time, 0 knows no pause",
     )
     parser.add_argument("--key", help="the only API key to accept (default: any)")
+    parser.add_argument(
+        "--faults",
+        metavar="KIND=RATE,...",
+        help=f"what is to go wrong, each kind at a chance a frame, such as drop=0.01; kinds: {', '.join(Kind)}",
+    )
     return parser.parse_args()
 
 
@@ -70,7 +76,8 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         feed, what = _feed(arguments)
-        with Exchange(feed, speed=arguments.speed, key=arguments.key, port=arguments.port) as exchange:
+        faults = Faults.parse(arguments.faults, arguments.seed) if arguments.faults else None
+        with Exchange(feed, speed=arguments.speed, key=arguments.key, port=arguments.port, faults=faults) as exchange:
             sys.stdout.write(
                 f"SIMULATED exchange at {exchange.url} with {what}; connect the project to it with "
                 f"POLYGON_WEBSOCKET_URL={exchange.url} POLYGON_API_KEY={arguments.key or 'simulated'}\n"

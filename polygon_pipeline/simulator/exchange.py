@@ -1,7 +1,8 @@
 """The exchange: the vendor's protocol, served on loopback from a thread of its own.
 
 Belongs here: connections, subscriptions, the market's clock and the sending of frames. Does not belong here: what is
-sent (synthetic, replay). Faults on request have one place, `_send`, through which every frame of aggregates goes.
+sent (synthetic, replay), and what goes wrong on request (faults): that has two places, `_send`, through which every
+frame of aggregates goes, and `_authenticate`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import threading
 import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.simulator import faults as harm
+from polygon_pipeline.simulator.faults import AT_A_FRAME, AT_AUTHENTICATION, Fault, Faults, Frame, Kind, plain_frame
 from polygon_pipeline.simulator.feed import Event
 
 _CHANNELS = frozenset(Channel)
@@ -35,6 +39,15 @@ _SETTLE_SECONDS = 0.1
 _CLOSE_SECONDS = 1.0
 # No session is this long silent and every night is longer, so longer silences are skipped.
 _NIGHT_MS = 7 * 3_600_000
+# Late bars are taken from so many events before, and so many at once.
+_REMEMBERED = 1000
+_LATE_EVENTS = 10
+
+_EXPULSIONS = {
+    Kind.SLOW_CONSUMER: "the client reads too slowly",
+    Kind.FORCE_DISCONNECT: "the server is going away",
+    Kind.MAX_CONNECTIONS: "Maximum number of websocket connections exceeded.",
+}
 
 
 class _Request(msgspec.Struct):
@@ -43,11 +56,25 @@ class _Request(msgspec.Struct):
 
 
 @dataclass(eq=False)
+class Served:
+    """What one connection was sent, in order: the truth to hold a client's account against.
+
+    acknowledged: so many frames, from the first, the client has certainly received. Of the others nobody here can
+    know how many arrived, only that it was an unbroken run of them: they may have been in the buffer of a connection
+    that was torn down.
+    """
+
+    frames: list[Frame] = field(default_factory=list)
+    acknowledged: int = 0
+
+
+@dataclass(eq=False)
 class _Connection:
     """One authenticated connection and what it subscribed to."""
 
     socket: ServerConnection
     key: str
+    served: Served
     topics: set[tuple[str, str]] = field(default_factory=set)  # (channel, ticker or *)
 
     def wanted(self, events: list[Event]) -> list[bytes]:
@@ -67,6 +94,8 @@ class Exchange:
     key: the one API key to accept; None accepts any but the empty one. port: 0 picks a free one.
     max_connections: for each key; one more evicts the oldest. auth_timeout: seconds. batch_limit: the most events in
     a frame. buffer_limit: bytes a client may leave unread, at a speed, before it is dropped as a slow consumer.
+    faults: what is to go wrong. record: keep in `served` what every connection was sent. Each frame is then followed by
+    a ping, whose answer proves that it arrived; and a client that leaves a megabyte unread holds up the market.
 
     What goes wrong while serving, a feed's error among it, ends the serving and is raised by stop().
     """
@@ -83,6 +112,8 @@ class Exchange:
         start_at_once: bool = False,
         batch_limit: int = 300,
         buffer_limit: int = 64 * 2**20,
+        faults: Faults | None = None,
+        record: bool = False,
     ) -> None:
         if not speed >= 0:
             raise ValueError(f"speed must be 0 or more, not {speed}")
@@ -96,12 +127,19 @@ class Exchange:
         self._start_at_once = start_at_once
         self._batch_limit = batch_limit
         self._buffer_limit = buffer_limit
+        self._faults = faults or Faults()
+        self._record = record
 
         self.finished = threading.Event()
         """Set when the feed has been sent to its end and no socket holds any of it back; also when serving ends."""
         self.sent = 0
         """How many aggregates were handed to open connections, each counted once for every connection."""
+        self.served: list[Served] = []
+        """With record: each authenticated connection's frames, in the order of connecting."""
+        self._frames = 0
+        self._earlier: deque[Event] = deque(maxlen=_REMEMBERED)
         self._connections: list[_Connection] = []
+        self._closings: set[asyncio.Task[None]] = set()  # held, because the loop itself holds tasks only weakly
         # A moment of time.monotonic() and its market time in ms; None until the market starts.
         self._clock: tuple[float, float] | None = None
         self._last_emit_ms = 0
@@ -195,8 +233,10 @@ class Exchange:
             key = await self._authenticate(socket)
             if key is None:
                 return
-            connection = _Connection(socket, key)
-            await self._admit(connection)
+            connection = _Connection(socket, key, Served())
+            if self._record:
+                self.served.append(connection.served)
+            self._admit(connection)
             async for message in socket:
                 self._answer(connection, _request(message))
         except ConnectionClosed:
@@ -214,11 +254,14 @@ class Exchange:
         try:
             async with asyncio.timeout(self._auth_timeout):
                 request = _request(await socket.recv())
+            fault = self._faults.due(AT_AUTHENTICATION, self._frames, self.market_time_ms)
+            if fault and fault.kind is Kind.AUTH_TIMEOUT:
+                raise TimeoutError
         except TimeoutError:
             await socket.send(_status("auth_timeout", "authentication timed out"))
             return None
         accepted = request and request.action == "auth" and request.params and self._key in (None, request.params)
-        if request and accepted:
+        if request and accepted and fault is None:
             await socket.send(_status("auth_success", "authenticated"))
             return request.params
         await socket.send(_status("auth_failed", "authentication failed"))
@@ -227,20 +270,29 @@ class Exchange:
         await socket.wait_closed()
         return None
 
-    async def _admit(self, connection: _Connection) -> None:
+    def _admit(self, connection: _Connection) -> None:
         same_key = [other for other in self._connections if other.key == connection.key]
         self._connections.append(connection)
         for other in same_key[: max(0, len(same_key) + 1 - self._max_connections)]:
-            await self._expel(other, "max_connections", "Maximum number of websocket connections exceeded.")
+            self._expel(other, Kind.MAX_CONNECTIONS)
 
-    async def _expel(self, connection: _Connection, status: str, message: str) -> None:
+    def _expel(self, connection: _Connection, status: Kind) -> None:
+        broadcast([connection.socket], _status(status, _EXPULSIONS[status]))
+        self._close(connection, 1008, status)
+
+    def _close(self, connection: _Connection, code: int, reason: str) -> None:
+        """Begin the closing; a client that takes its time over it holds up nobody."""
         self._forget(connection)
-        broadcast([connection.socket], _status(status, message))
+        closing = self._loop.create_task(self._finish(connection.socket, code, reason))
+        self._closings.add(closing)
+        closing.add_done_callback(self._closings.discard)
+
+    async def _finish(self, socket: ServerConnection, code: int, reason: str) -> None:
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
-                await connection.socket.close(1008, status)
+                await socket.close(code, reason)
         except TimeoutError:
-            connection.socket.transport.abort()
+            socket.transport.abort()
 
     def _forget(self, connection: _Connection) -> None:
         if connection in self._connections:
@@ -296,6 +348,8 @@ class Exchange:
                     due = max(position + 1, bisect_right(batch, now, key=attrgetter("emit_ms")))
                 end = min(due, position + self._batch_limit)
                 self._last_emit_ms = batch[end - 1].emit_ms
+                if self._faults:
+                    self._earlier.extend(batch[position:end])
                 for connection in list(self._connections):
                     if wanted := connection.wanted(batch[position:end]):
                         await self._send(connection, wanted)
@@ -322,20 +376,80 @@ class Exchange:
         return self.market_time_ms
 
     async def _send(self, connection: _Connection, aggregates: list[bytes]) -> None:
-        """Send one frame of aggregates, each one JSON object."""
-        frame = b"[" + b",".join(aggregates) + b"]"
+        """Send one frame of aggregates, each one JSON object, or what a fault makes of it."""
         socket = connection.socket
         if socket.state is not State.OPEN:
             return
         if not self._fast and socket.transport.get_write_buffer_size() > self._buffer_limit:
-            await self._expel(connection, "slow_consumer", "the client reads too slowly")
+            self._expel(connection, Kind.SLOW_CONSUMER)
             return
-        self.sent += len(aggregates)
-        if self._fast:
-            with suppress(ConnectionClosed):  # what was in the air is lost, as it is on a real exchange
-                await socket.send(frame, text=True)
+        self._frames += 1
+        fault = self._faults.due(AT_A_FRAME, self._frames, self.market_time_ms)
+        if fault is None:
+            await self._deliver(connection, plain_frame(aggregates))
+        elif fault.kind is Kind.TRUNCATED_FRAME:
+            self._forget(connection)
+            harm.cut(socket, plain_frame(aggregates).payload)
         else:
-            broadcast([socket], frame, text=True)  # never waits: one slow reader must not hold up the market
+            late = connection.wanted(self._faults.sample(self._earlier, _LATE_EVENTS))
+            for frame in self._faults.spoil(fault.kind, aggregates, late):
+                await self._deliver(connection, frame)
+            if socket.state is State.OPEN:
+                self._inflict(connection, fault)
+
+    async def _deliver(self, connection: _Connection, frame: Frame) -> None:
+        self.sent += len(frame.bars)
+        with suppress(ConnectionClosed):  # what was in the air is lost, as it is on a real exchange
+            if self._record:
+                connection.served.frames.append(frame)
+            if self._fast:
+                await connection.socket.send(frame.payload, text=frame.text)
+            else:
+                # Never waits: one slow reader must not hold up the market.
+                broadcast([connection.socket], frame.payload, text=frame.text)
+            if self._record:
+                await self._ask_for_receipt(connection)
+
+    async def _ask_for_receipt(self, connection: _Connection) -> None:
+        """A ping, because a client answers it when it has read everything before it."""
+        served, frames = connection.served, len(connection.served.frames)
+
+        def note(answer: asyncio.Future[float]) -> None:
+            if not answer.cancelled() and not answer.exception():
+                served.acknowledged = max(served.acknowledged, frames)
+
+        asyncio.ensure_future(await connection.socket.ping()).add_done_callback(note)
+
+    def _inflict(self, connection: _Connection, fault: Fault) -> None:
+        """Do to the connection what the fault says; those that only spoil frames do nothing."""
+        match fault.kind:
+            case Kind.SLOW_CONSUMER | Kind.FORCE_DISCONNECT | Kind.MAX_CONNECTIONS:
+                self._expel(connection, fault.kind)
+            case Kind.CLOSE:
+                self._close(connection, 1001, "going away")
+            case Kind.DROP:
+                self._forget(connection)
+                harm.drop(connection.socket)
+            case Kind.RESET:
+                self._forget(connection)
+                harm.reset(connection.socket)
+            case Kind.HUGE_FRAME:
+                self._forget(connection)
+                harm.announce_huge(connection.socket)
+            case Kind.STALL | Kind.SILENCE:
+                # To be forgotten is to get nothing: as fast as possible, the market waits for whoever comes next.
+                self._forget(connection)
+                if fault.kind is Kind.STALL:
+                    harm.mute(connection.socket)
+                if fault.seconds is not None:
+                    self._loop.call_later(fault.seconds, self._remember, connection)
+
+    def _remember(self, connection: _Connection) -> None:
+        """The end of a stall or a silence."""
+        harm.unmute(connection.socket)
+        if connection.socket.state is State.OPEN:
+            self._connections.append(connection)
+            self._note_subscriptions()
 
     async def _flush(self, connection: _Connection) -> None:
         while connection.socket.state is State.OPEN and connection.socket.transport.get_write_buffer_size():

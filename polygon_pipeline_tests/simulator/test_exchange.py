@@ -322,7 +322,11 @@ def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signal
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["--day", "2026-01-25"], "closed on 2026-01-25"), (["--replay", "nowhere.csv"], "no file nowhere.csv")],
+    [
+        (["--day", "2026-01-25"], "closed on 2026-01-25"),
+        (["--replay", "nowhere.csv"], "no file nowhere.csv"),
+        (["--faults", "explode=1"], "no fault 'explode'"),
+    ],
 )
 def test_the_command_explains_what_it_cannot_do(arguments: list[str], complaint: str) -> None:
     command = [sys.executable, "-m", "polygon_pipeline.simulator", *arguments]
