@@ -64,7 +64,7 @@ def load(environment: Mapping[str, str]) -> Settings:
         require_private("POLYGON_WEBSOCKET_URL", websocket_url, "wss", "ws")
     require_private("POLYGON_REST_URL", rest_url, "https", "http")
     lake_uri = environment.get("LAKE_URI") or (base / "lake").as_uri()
-    if lake_uri.startswith("s3://") and not api_key:
+    if lake_uri.lower().startswith("s3://") and not api_key:
         raise ConfigurationError(
             f"LAKE_URI is {lake_uri}, but without POLYGON_API_KEY the feed would be simulated. Set POLYGON_API_KEY to "
             f"collect the market, or to {SIMULATOR_KEY!r} to put simulated data there on purpose."
@@ -104,7 +104,10 @@ def parse_channels(names: list[str]) -> tuple[Channel, ...]:
 
 def require_private(variable: str, url: str, secure: str, plain: str) -> None:
     """The URL must be encrypted, or lead to this machine: keys and data go over nothing else."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigurationError(f"{variable} is not a {secure}:// URL: {error}.") from error
     if not parts.hostname or parts.scheme not in (secure, plain):
         raise ConfigurationError(f"{variable} is not a {secure}:// URL.")
     if parts.username or parts.password or parts.query:

@@ -5,7 +5,7 @@ Belongs here: writing and reading that format. Does not belong here: where recor
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -44,15 +44,32 @@ _decode = msgspec.json.Decoder(Record).decode
 
 def encode_record(bar: Bar, received_at: datetime) -> bytes:
     """The record of a bar whose frame arrived at received_at (aware, UTC)."""
-    collected_at = received_at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{received_at.microsecond // 1000:03d}Z"
     data = _BarData(bar.open, bar.high, bar.low, bar.close, bar.volume, bar.vwap)
-    return _encode(Record("polygon_websocket", bar.ticker, iso_seconds(bar.start_ms), data, collected_at))
+    return _encode(
+        Record("polygon_websocket", bar.ticker, iso_seconds(bar.start_ms), data, _iso_milliseconds(received_at))
+    )
 
 
 def decode_record(content: bytes) -> Record:
-    """Reads a record, by whomever it was written. Raises ValueError (msgspec's errors are) with what is wrong."""
+    """Reads a record, by whomever it was written; its times are given back in this project's spelling.
+
+    Raises ValueError (msgspec's errors are) with what is wrong.
+    """
     record = _decode(content)
-    for stamp in (record.timestamp, record.collected_at):
-        if datetime.fromisoformat(stamp).tzinfo is None:
-            raise ValueError(f"the time {stamp!r} has no zone; a UTC time ends with Z")
+    start, collected = (_utc(stamp) for stamp in (record.timestamp, record.collected_at))
+    if start.microsecond:
+        raise ValueError(f"the timestamp {record.timestamp!r} is not on a whole second")
+    record.timestamp = iso_seconds(int(start.timestamp()) * 1000)
+    record.collected_at = _iso_milliseconds(collected)
     return record
+
+
+def _utc(stamp: str) -> datetime:
+    moment = datetime.fromisoformat(stamp)
+    if moment.tzinfo is None:
+        raise ValueError(f"the time {stamp!r} has no zone; a UTC time ends with Z")
+    return moment.astimezone(UTC)
+
+
+def _iso_milliseconds(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"

@@ -69,7 +69,7 @@ class Lake:
 
     @property
     def is_s3(self) -> bool:
-        return self.uri.startswith("s3://")
+        return self.uri.lower().startswith("s3://")
 
     @property
     def local_root(self) -> Path:
@@ -155,7 +155,7 @@ def open_lake(uri: str, s3: Callable[[], S3Access]) -> Lake:
     Raises LakeError for another scheme. Nothing is read or written, but a local folder is made.
     """
     parts = urlsplit(uri)
-    if parts.scheme == "file" and not parts.netloc and parts.path:
+    if parts.scheme == "file" and not parts.netloc and uri.startswith("file:///"):
         root = Path(unquote(parts.path))
         root.mkdir(parents=True, exist_ok=True)
         return Lake(uri, LocalStore(root))

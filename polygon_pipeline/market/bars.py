@@ -40,17 +40,20 @@ class Bar(NamedTuple):
 
 EARLIEST_MS = int(datetime(2003, 1, 1, tzinfo=UTC).timestamp() * 1000)
 
-# A ticker becomes part of a path, so nothing that could leave its folder; and 64 characters, because a file
-# system takes 255 bytes a name and US symbols have at most a dozen. Case and dots are the ticker's own.
-_TICKER = re.compile(r"(?!\.\.?$)(?!.*\.\.)[^\x00-\x1f\x7f-\x9f/\\\u2028\u2029]{1,64}")
+_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
+# A ticker becomes part of a path, so nothing that could leave its folder; and 64 bytes, because a file system
+# takes 255 a name and US symbols have at most a dozen. Case and dots are the ticker's own.
+_TICKER = re.compile(r"(?!\.\.?$)(?!.*\.\.)[^\x00-\x1f\x7f-\x9f/\\\u2028\u2029]+")
+_TICKER_BYTES = 64
 
 
 def ticker_fault(ticker: str) -> str | None:
     """Why this cannot be a ticker, or None if it can."""
     if not ticker:
         return "the ticker is empty"
-    if not _TICKER.fullmatch(ticker):
-        return "the ticker has a '/', '\\', '..' or control character, or more than 64 characters"
+    if not _TICKER.fullmatch(ticker) or len(ticker.encode(errors="replace")) > _TICKER_BYTES:
+        return f"the ticker has a '/', '\\', '..' or control character, or more than {_TICKER_BYTES} bytes"
     return None
 
 
@@ -66,9 +69,14 @@ def timestamp_fault(start_ms: int, now: datetime) -> str | None:
 
 def shares(value: int | float | str) -> int | float:
     """A volume in shares: an int if whole, else a float. Takes the feed's decimal strings; ValueError if no number."""
-    number = float(value)
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):  # float() takes more than DuckDB does
+        raise ValueError(f"{value[:40]!r} is not a decimal number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number")
+        raise ValueError(f"{str(value)[:40]} is not a finite number")
     return int(number) if number.is_integer() else number
 
 

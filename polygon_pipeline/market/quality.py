@@ -18,7 +18,9 @@ _RULES = {
     "one_row_a_bar": ("One row a ticker and start.", "repeats > 1"),
     "prices_in_range": (
         "low ≤ open, close ≤ high, and none is missing.",
-        "NOT coalesce(low <= open AND low <= close AND open <= high AND close <= high, false)",
+        # NaN is above every number to DuckDB, so it must be asked for.
+        "NOT coalesce(low <= open AND low <= close AND open <= high AND close <= high "
+        "AND isfinite(open) AND isfinite(high) AND isfinite(low) AND isfinite(close), false)",
     ),
     "volume_not_negative": ("Volume is there and not negative.", "NOT coalesce(volume >= 0, false)"),
     "inside_the_session": (

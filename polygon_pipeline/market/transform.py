@@ -204,13 +204,18 @@ class Normalization:
         Returns the files that could not be read, or only in part, each with the reason; whatever lines of them are
         sound are added all the same.
         """
-        if not files:
-            return {}
+        # DuckDB takes the end of a cut archive for its end.
+        unreadable = {file: fault for file in files if (fault := _decompression_fault(file))}
+        whole = [file for file in files if file not in unreadable]
         try:
-            self._read_frames(files)
+            if whole:
+                self._read_frames(whole)
         except _UNREADABLE:
-            return {file: fault for file in files if (fault := self._salvage(file))}
-        return {}
+            unreadable |= {file: fault for file in whole if (fault := self._salvage(file))}
+        for file in set(files).difference(whole):
+            with contextlib.suppress(*_UNREADABLE):
+                self._read_frames([file], ignore_errors=True)
+        return unreadable
 
     def uncovered(self, bars: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
         """Of these (ticker, start in Unix ms), the ones that no added frame has."""
@@ -247,23 +252,21 @@ class Normalization:
         try:
             self._read_frames([file])
         except _UNREADABLE as error:
-            fault = str(error).splitlines()[0]
-            if _decompresses(file):
-                self._read_frames([file], ignore_errors=True)
-            return fault
+            self._read_frames([file], ignore_errors=True)
+            return str(error).splitlines()[0]
         return None
 
 
-def _decompresses(file: Path) -> bool:
+def _decompression_fault(file: Path) -> str | None:
     import pyarrow as pa
 
     try:
         with pa.input_stream(file, compression="detect") as content:
             while content.read(1 << 20):
                 pass
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def resample(name: str, normalized: pa.Table | Path, target: Path, folder: Path) -> None:
@@ -322,7 +325,8 @@ def _reading(normalized: pa.Table | Path, folder: Path) -> Iterator[duckdb.DuckD
 def _copy(
     connection: duckdb.DuckDBPyConnection, query: str, target: Path, parameters: Mapping[str, object] | None = None
 ) -> None:
-    connection.execute(f"COPY ({query}) TO '{target}' {_PARQUET}", parameters or {})
+    path = str(target).replace("'", "''")
+    connection.execute(f"COPY ({query}) TO '{path}' {_PARQUET}", parameters or {})
 
 
 def _ms(moment: datetime) -> int:

@@ -28,7 +28,7 @@ class Status(msgspec.Struct, frozen=True, tag_field="ev", tag="status"):
 
 
 class _Aggregate(msgspec.Struct, frozen=True, tag_field="ev"):
-    """The fields of `A` and `AM` that a bar needs; the frame itself keeps the others.
+    """The fields of `A` and `AM` that a bar or its normalized row needs; the frame itself keeps the others.
 
     `op` is the day's official open on the live feed (0 before 09:30), so the window's open is `o`, and `op` serves
     only where `o` is absent, as the project's specification allows. `dv` is `v` with fractional shares, as a decimal
@@ -45,6 +45,10 @@ class _Aggregate(msgspec.Struct, frozen=True, tag_field="ev"):
     v: int | float | None = None
     dv: str | None = None
     vw: float | None = None
+    av: float | None = None
+    a: float | None = None
+    z: float | None = None
+    otc: bool | None = None
 
 
 class MinuteAggregate(_Aggregate, frozen=True, tag="AM"):
@@ -83,6 +87,8 @@ class _Kind(msgspec.Struct):
 
 _Event = Status | MinuteAggregate | SecondAggregate
 _OBJECT = re.compile(rb"\s*\{")
+# Whatever a hostile frame provokes: nesting of thousands of levels overflows the decoder's stack.
+_UNDECODABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _KNOWN_KINDS = {"status", *Channel}
 # Nearly every frame is an array of known events and decodes in one go; what is not goes event by event.
 _decode_events = msgspec.json.Decoder(list[_Event]).decode
@@ -98,9 +104,12 @@ def decode_frame(payload: bytes, received_at: datetime) -> Frame:
     """
     try:
         events = _decode_events(payload)
+        # The decoder leaves the text of fields it does not need unread, and readers of the archive would stumble.
         if not payload.isascii():
-            payload.decode()  # the decoder leaves the text of fields it does not need unread
-    except (msgspec.DecodeError, ValueError):
+            payload.decode()
+        if b"\\u" in payload:
+            msgspec.json.decode(payload)
+    except _UNDECODABLE:
         return _decode_piecemeal(payload, received_at)
     bars: list[tuple[Channel, Bar]] = []
     statuses: list[Status] = []
@@ -121,25 +130,29 @@ def decode_statuses(payload: bytes) -> Sequence[Status]:
         return ()
     try:
         return [event for event in _decode_events(payload) if isinstance(event, Status)]
-    except (msgspec.DecodeError, ValueError):
+    except _UNDECODABLE:
         return _decode_piecemeal(payload, None).statuses
 
 
 def _decode_piecemeal(payload: bytes, received_at: datetime | None) -> Frame:
     """Event by event, so that one bad event costs no other. Without received_at, bars are left out."""
     try:
-        parts = [msgspec.Raw(payload)] if _OBJECT.match(payload) else _decode_parts(payload)
+        is_object = _OBJECT.match(payload) is not None
+        parts = [msgspec.Raw(payload)] if is_object else _decode_parts(payload)
     except msgspec.ValidationError:
         return Frame(refused=[Refusal(None, payload, "the frame is neither an object nor an array")])
-    except (msgspec.DecodeError, ValueError) as error:
+    except _UNDECODABLE as error:
         return Frame(refused=[Refusal(None, payload, f"the frame is not JSON: {error}")])
     bars: list[tuple[Channel, Bar]] = []
     statuses: list[Status] = []
     other: list[str] = []
     refused: list[Refusal] = []
-    for index, part in enumerate(parts):
+    for index, raw in enumerate(parts):
+        part = bytes(raw)
         try:
-            bytes(part).decode()
+            part.decode()
+            if b"\\u" in part:
+                msgspec.json.decode(part)
             kind = _decode_kind(part).ev
             if kind not in _KNOWN_KINDS:
                 other.append(kind)
@@ -149,8 +162,8 @@ def _decode_piecemeal(payload: bytes, received_at: datetime | None) -> Frame:
                 statuses.append(event)
             elif received_at is not None:
                 bars.append(_bar(event, received_at))
-        except (msgspec.DecodeError, ValueError) as error:
-            refused.append(Refusal(index, bytes(part), str(error)))
+        except _UNDECODABLE as error:
+            refused.append(Refusal(None if is_object else index, part, str(error)))
     return Frame(bars, statuses, other, refused)
 
 

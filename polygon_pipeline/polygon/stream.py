@@ -182,6 +182,7 @@ class Stream:
         finally:
             with contextlib.suppress(websocket.WebSocketException, OSError):
                 socket.close(timeout=1)
+            socket.shutdown()  # after the server's own close frame, close() leaves the descriptor open
 
     def _receive(self, socket: websocket.WebSocket, connection: _Connection) -> Sequence[Status]:
         """Waits a second at most for a message, hands on a frame, and returns its statuses."""

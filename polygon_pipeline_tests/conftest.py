@@ -1,0 +1,54 @@
+"""Fixtures that many tests share: an environment without the developer's settings, an S3 server, lakes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline_tests.s3_server import SeaweedFS
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the settings and credentials of who runs it, be they in the environment or in ~/.aws."""
+    for name in list(os.environ):
+        if name.startswith(("POLYGON_", "AWS_")) or name in ("LAKE_URI", "JOURNAL_DIR", "DAGSTER_HOME"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """The S3 server that all tests share, each in a bucket of its own. Who stops it starts it again."""
+    server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def file_lake(tmp_path: Path) -> Lake:
+    def no_s3() -> S3Access:
+        raise AssertionError("a file lake asks for no access to S3")
+
+    return open_lake((tmp_path / "lake").as_uri(), no_s3)
+
+
+@pytest.fixture
+def s3_lake(seaweedfs: SeaweedFS) -> Lake:
+    return seaweedfs.lake()
+
+
+@pytest.fixture(params=["file", "s3"])
+def lake(request: pytest.FixtureRequest) -> Lake:
+    """Either kind of lake: whatever takes this runs on both."""
+    found: Lake = request.getfixturevalue(f"{request.param}_lake")
+    return found

@@ -1,0 +1,261 @@
+"""Both kinds of lake behave alike; what cannot work says what to mend."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from obstore.exceptions import GenericError
+
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.store import (
+    CONCURRENCY,
+    NOT_FOUND,
+    Lake,
+    LakeError,
+    S3Access,
+    brief,
+    for_each,
+    open_lake,
+    permanent_fault,
+)
+from polygon_pipeline.market.bars import Channel, ticker_fault
+from polygon_pipeline_tests.s3_server import SeaweedFS
+
+DAY = date(2026, 1, 26)
+START_MS = 1769452200000
+
+
+def no_s3() -> S3Access:
+    raise AssertionError("S3 is not asked for")
+
+
+# Objects
+
+
+def test_what_is_put_can_be_got_and_replaced(lake: Lake) -> None:
+    assert lake.get("a/b.json") is None
+    lake.put("a/b.json", b"one")
+    assert lake.get("a/b.json") == b"one"
+    lake.put("a/b.json", b"two\x00\xff")
+    assert lake.get("a/b.json") == b"two\x00\xff"
+    lake.put("a/empty", b"")
+    assert lake.get("a/empty") == b""
+
+
+def test_a_local_file_can_be_put(lake: Lake, tmp_path: Path) -> None:
+    content = b"0123456789abcdef" * 600_000  # more than one part of an upload in parts
+    (tmp_path / "source").write_bytes(content)
+    lake.put("datasets/x/data.parquet", tmp_path / "source")
+    assert lake.get("datasets/x/data.parquet") == content
+
+
+def test_keys_are_those_below_the_folder_sorted(lake: Lake) -> None:
+    assert lake.keys("raw-data/2026-01-26/") == []
+    for key in ("raw-data/2026-01-26/B/2", "raw-data/2026-01-26/B/1", "raw-data/2026-01-26/A/9", "raw-data/x", "y"):
+        lake.put(key, b"")
+    for prefix in ("raw-data/2026-01-26/", "raw-data/2026-01-26"):
+        assert lake.keys(prefix) == ["raw-data/2026-01-26/A/9", "raw-data/2026-01-26/B/1", "raw-data/2026-01-26/B/2"]
+    assert lake.keys("raw-data/2026-01-2") == [], "a prefix is whole folders"
+
+
+def test_many_keys_are_all_listed_and_got(lake: Lake) -> None:
+    wanted = {f"many/{number:04d}": str(number).encode() for number in range(1100)}  # more than a page
+
+    async def put(key: str) -> None:
+        await lake.store.put_async(key, wanted[key])
+
+    asyncio.run(for_each(wanted, put))
+    assert lake.keys("many/") == sorted(wanted)
+    found: dict[str, bytes] = {}
+    lake.get_many(list(wanted), lambda key, content: found.update({key: content}))
+    assert found == wanted
+
+
+def test_getting_many_of_none_is_nothing_and_a_missing_one_is_an_error(lake: Lake) -> None:
+    lake.get_many([], lambda key, content: pytest.fail(f"there is no {key}"))
+    lake.put("here", b"")
+    with pytest.raises(NOT_FOUND):
+        lake.get_many(["here", "missing"], lambda key, content: None)
+
+
+TICKERS = ["BRK.B", "KIMpL", "KIMPL", "A B", "A%2FB", "A%B", "A#B", "A?B", "A*B", "A+B", "A:B", "~", "É", "A&B=C", "$"]
+
+
+def test_every_ticker_has_its_own_keys_in_its_own_spelling(lake: Lake) -> None:
+    assert [ticker for ticker in TICKERS if ticker_fault(ticker)] == []
+    for ticker in TICKERS:
+        lake.put(layout.raw_key(Channel.MINUTE, DAY, ticker, START_MS), ticker.encode())
+    keys = lake.keys(layout.raw_prefix(Channel.MINUTE, DAY))
+    found: dict[str, bytes] = {}
+    lake.get_many(keys, lambda key, content: found.update({key: content}))
+    assert {layout.parse_raw_key(key): content for key, content in found.items()} == {
+        (ticker, START_MS): ticker.encode() for ticker in TICKERS
+    }
+
+
+def test_a_url_shows_where_an_object_is(file_lake: Lake, s3_lake: Lake, seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+    file_lake.put("a/b.json", b"local")
+    assert file_lake.url("a/b.json") == (tmp_path / "lake/a/b.json").as_uri()
+    assert (tmp_path / "lake/a/b.json").read_bytes() == b"local"
+    s3_lake.put("a/b.json", b"remote")
+    bucket, _, key = s3_lake.url("a/b.json").removeprefix("s3://").partition("/")
+    assert seaweedfs.client().get_object(Bucket=bucket, Key=key)["Body"].read() == b"remote"
+    assert (file_lake.is_s3, s3_lake.is_s3) == (False, True)
+
+
+def test_two_lakes_in_one_bucket_do_not_see_each_other(seaweedfs: SeaweedFS) -> None:
+    bucket = seaweedfs.new_bucket()
+    one, other, whole = (open_lake(f"s3://{bucket}/{prefix}", seaweedfs.access) for prefix in ("one", "one2/", ""))
+    one.put("a", b"1")
+    other.put("a", b"2")
+    assert (one.keys(""), one.get("a"), other.get("a")) == (["a"], b"1", b"2")
+    assert whole.keys("") == ["one/a", "one2/a"]
+
+
+# Claims
+
+
+def test_a_lake_takes_one_feed_and_refuses_another(lake: Lake) -> None:
+    lake.claim("simulated")
+    lake.claim("simulated")
+    with pytest.raises(LakeError, match="never mixed") as refused:
+        lake.claim("polygon")
+    assert lake.uri in str(refused.value)
+    assert "LAKE_URI" in str(refused.value)
+    lake.claim("simulated")
+
+
+def test_wrong_credentials_say_what_to_check(seaweedfs: SeaweedFS) -> None:
+    bucket = seaweedfs.new_bucket()
+    for key, secret in ((seaweedfs.access_key, "wrong"), ("nobody", seaweedfs.secret_key)):
+        session = boto3.Session(key, secret, region_name="us-east-1")
+        lake = open_lake(f"s3://{bucket}", lambda session=session: S3Access(session, seaweedfs.endpoint_url))  # type: ignore[misc]
+        with pytest.raises(LakeError, match=r"refuses these credentials.*AWS_\*") as refused:
+            lake.claim("polygon")
+        assert f"s3://{bucket}" in str(refused.value)
+        assert secret not in str(refused.value)
+
+
+@pytest.fixture
+def strict_s3() -> Iterator[str]:
+    """An S3 server that makes no bucket by itself, as AWS does not."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def test_a_missing_bucket_says_what_to_do(strict_s3: str) -> None:
+    session = boto3.Session("key", "secret", region_name="us-east-1")
+    lake = open_lake("s3://no-such-bucket/prefix", lambda: S3Access(session, strict_s3))
+    with pytest.raises(LakeError, match=r"does not exist\. Create the bucket or correct LAKE_URI") as refused:
+        lake.claim("polygon")
+    assert "s3://no-such-bucket/prefix" in str(refused.value)
+    session.client("s3", endpoint_url=strict_s3).create_bucket(Bucket="no-such-bucket")
+    lake.claim("polygon")
+    assert lake.keys("") == ["feed.json"]
+
+
+def test_a_folder_that_is_a_file_cannot_be_claimed(tmp_path: Path) -> None:
+    lake = open_lake((tmp_path / "lake").as_uri(), no_s3)
+    (tmp_path / "lake").rmdir()
+    (tmp_path / "lake").write_bytes(b"")
+    with pytest.raises(Exception, match=str(tmp_path)):
+        lake.claim("polygon")
+
+
+def test_a_fault_that_may_pass_is_told_from_a_permanent_one() -> None:
+    assert permanent_fault(GenericError("connection refused"), "s3://bucket") is None
+    assert permanent_fault(TimeoutError(), "s3://bucket") is None
+    missing = permanent_fault(GenericError("404: <Code>NoSuchBucket</Code>"), "s3://bucket")
+    assert missing
+    assert "Create the bucket" in str(missing)
+    denied = permanent_fault(PermissionError("read only"), "file:///lake")
+    assert denied
+    assert "read only" in str(denied)
+
+
+def test_an_error_is_told_in_one_short_line() -> None:
+    assert brief(ValueError("first\nsecond")) == "first"
+    assert brief(ValueError("")) == "ValueError"
+    assert len(brief(ValueError("x" * 10_000))) <= 300
+
+
+# Opening
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "lake", "/var/lake", "http://host/lake", "s3:", "s3://", "s3:///key", "file://host/lake"]
+)
+def test_what_is_no_lakes_uri_is_refused_with_what_would_be(uri: str) -> None:
+    with pytest.raises(LakeError, match=r"LAKE_URI is .* must be s3://bucket/prefix or file:///absolute/path"):
+        open_lake(uri, no_s3)
+
+
+def test_a_local_lakes_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LakeError, match="file:///absolute/path"):
+        open_lake("file:lake", no_s3)
+
+
+def test_a_local_folder_is_made_and_may_have_any_name(tmp_path: Path) -> None:
+    root = tmp_path / "my lake" / "100% É"
+    lake = open_lake(root.as_uri(), no_s3)
+    lake.put("a", b"1")
+    assert (root / "a").read_bytes() == b"1"
+    assert lake.local_root == root
+
+
+def test_without_credentials_an_s3_lake_says_which_to_set() -> None:
+    with pytest.raises(LakeError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        open_lake("s3://bucket", lambda: S3Access(boto3.Session()))
+
+
+def test_an_s3_lake_is_opened_without_asking_anyone() -> None:
+    lake = open_lake("s3://bucket", lambda: S3Access(boto3.Session("key", "secret"), "http://127.0.0.1:1"))
+    assert lake.url("a") == "s3://bucket/a"
+
+
+# Many at a time
+
+
+def test_everything_is_worked_on_once_and_not_more_than_the_limit_at_a_time() -> None:
+    done: list[int] = []
+    at_work = most = 0
+
+    async def work(item: int) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await asyncio.sleep(0)
+        at_work -= 1
+        done.append(item)
+
+    asyncio.run(for_each(range(1000), work))
+    assert sorted(done) == list(range(1000))
+    assert most == CONCURRENCY
+
+
+def test_the_first_error_ends_the_others_and_is_raised_itself() -> None:
+    ended = threading.Event()
+
+    async def work(item: int) -> None:
+        if item == 5:
+            raise ValueError("the fifth")
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            ended.set()
+            raise
+
+    with pytest.raises(ValueError, match="the fifth"):
+        asyncio.run(for_each(range(10), work))
+    assert ended.is_set()

@@ -1,0 +1,241 @@
+"""Every rule of the environment; every error names its variable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polygon_pipeline import settings
+from polygon_pipeline.market.bars import Channel, ticker_fault
+from polygon_pipeline.settings import ConfigurationError, Settings, load
+
+KEY = "a-very-secret-key"
+REAL = {"POLYGON_API_KEY": KEY}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defaults are relative to the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(**environment: str) -> str:
+    with pytest.raises(ConfigurationError) as error:
+        load(REAL | environment)
+    assert KEY not in str(error.value)
+    return str(error.value)
+
+
+def test_without_a_key_the_simulator_feeds_a_demo_lake(tmp_path: Path) -> None:
+    found = load({})
+    assert (found.feed, found.is_simulated) == ("simulated", True)
+    assert found.websocket_url is None, "the simulator's own, which has no fixed port"
+    assert found.lake_uri == (tmp_path / "var/demo/lake").as_uri()
+    assert found.journal_dir == tmp_path / "var/demo/journal"
+    assert found.channels == (Channel.MINUTE,)
+    assert len(found.tickers) > 1
+
+
+def test_with_a_key_the_vendor_feeds_a_lake_of_its_own(tmp_path: Path) -> None:
+    found = load(REAL)
+    assert (found.feed, found.is_simulated, found.api_key) == ("polygon", False, KEY)
+    assert found.websocket_url == "wss://socket.massive.com/stocks"
+    assert found.rest_url == "https://api.massive.com"
+    assert found.lake_uri == (tmp_path / "var/lake").as_uri()
+    assert found.journal_dir == tmp_path / "var/journal"
+
+
+@pytest.mark.parametrize("key", ["", "  ", "simulator", " simulator "])
+def test_no_key_and_the_simulators_name_are_the_simulator(key: str) -> None:
+    assert load({"POLYGON_API_KEY": key}).is_simulated
+
+
+def test_white_space_around_a_key_is_no_part_of_it() -> None:
+    assert load({"POLYGON_API_KEY": f" {KEY}\n"}).api_key == KEY
+
+
+def test_the_key_is_not_shown() -> None:
+    found = load(REAL)
+    for shown in (repr(found), str(found), f"{found!r}"):
+        assert KEY not in shown
+
+
+def test_everything_can_be_said(tmp_path: Path) -> None:
+    environment = {
+        "POLYGON_WEBSOCKET_URL": "wss://delayed.massive.com/stocks",
+        "POLYGON_REST_URL": "https://api.polygon.io",
+        "POLYGON_TICKERS": "SPY,BRK.B",
+        "POLYGON_CHANNELS": "AM,A",
+        "LAKE_URI": "s3://bucket/prefix",
+        "JOURNAL_DIR": "journal",
+    }
+    assert load(REAL | environment) == Settings(
+        feed="polygon",
+        api_key=KEY,
+        websocket_url="wss://delayed.massive.com/stocks",
+        rest_url="https://api.polygon.io",
+        tickers=("SPY", "BRK.B"),
+        channels=(Channel.MINUTE, Channel.SECOND),
+        lake_uri="s3://bucket/prefix",
+        journal_dir=tmp_path / "journal",
+    )
+
+
+@pytest.mark.parametrize("name", ["POLYGON_WEBSOCKET_URL", "POLYGON_REST_URL", "LAKE_URI", "JOURNAL_DIR"])
+def test_an_empty_variable_is_an_absent_one(name: str) -> None:
+    assert load(REAL | {name: ""}) == load(REAL)
+
+
+# Simulated and real data
+
+
+def test_without_a_key_no_s3_lake_is_filled() -> None:
+    with pytest.raises(ConfigurationError, match="LAKE_URI is s3://bucket/x, but without POLYGON_API_KEY"):
+        load({"LAKE_URI": "s3://bucket/x"})
+
+
+def test_the_simulator_may_fill_an_s3_lake_when_asked_by_name() -> None:
+    found = load({"LAKE_URI": "s3://bucket/x", "POLYGON_API_KEY": "simulator"})
+    assert (found.lake_uri, found.is_simulated) == ("s3://bucket/x", True)
+
+
+def test_the_case_of_a_scheme_opens_no_back_door() -> None:
+    with pytest.raises(ConfigurationError, match="LAKE_URI"):
+        load({"LAKE_URI": "S3://bucket/x"})
+
+
+def test_simulated_and_real_defaults_share_no_folder() -> None:
+    simulated, real = load({}), load(REAL)
+    assert simulated.lake_uri != real.lake_uri
+    assert simulated.journal_dir != real.journal_dir
+
+
+# URLs
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.1:8765", "localhost:8765", "[::1]:8765", "127.1.2.3", "LOCALHOST"]
+)
+def test_plain_urls_may_lead_to_this_machine(host: str) -> None:
+    found = load(REAL | {"POLYGON_WEBSOCKET_URL": f"ws://{host}/stocks", "POLYGON_REST_URL": f"http://{host}"})
+    assert found.websocket_url == f"ws://{host}/stocks"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "socket.massive.com",
+        "10.0.0.1",
+        "0.0.0.0",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "[2001:db8::1]",
+        "2130706433",
+    ],
+)
+def test_plain_urls_to_anywhere_else_are_refused(host: str) -> None:
+    for variable, scheme in (("POLYGON_WEBSOCKET_URL", "ws"), ("POLYGON_REST_URL", "http")):
+        message = refused(**{variable: f"{scheme}://{host}/stocks"})
+        assert message.startswith(variable)
+        assert f"Use {scheme}" in message
+
+
+@pytest.mark.parametrize(
+    ("variable", "url"),
+    [
+        ("POLYGON_WEBSOCKET_URL", "https://socket.massive.com/stocks"),
+        ("POLYGON_WEBSOCKET_URL", "socket.massive.com"),
+        ("POLYGON_WEBSOCKET_URL", "wss://"),
+        ("POLYGON_WEBSOCKET_URL", "wss:///stocks"),
+        ("POLYGON_WEBSOCKET_URL", "file:///etc/passwd"),
+        ("POLYGON_REST_URL", "wss://api.massive.com"),
+        ("POLYGON_REST_URL", "ftp://api.massive.com"),
+        ("POLYGON_REST_URL", "api.massive.com"),
+    ],
+)
+def test_a_url_of_another_kind_is_refused_by_its_variables_name(variable: str, url: str) -> None:
+    assert variable in refused(**{variable: url})
+
+
+@pytest.mark.parametrize("tail", ["user:pass@host/stocks", "user@host/stocks", f"host/stocks?apiKey={KEY}"])
+def test_a_url_holds_no_credentials_and_the_error_does_not_repeat_them(tail: str) -> None:
+    for variable, scheme in (("POLYGON_WEBSOCKET_URL", "wss"), ("POLYGON_REST_URL", "https")):
+        message = refused(**{variable: f"{scheme}://{tail}"})
+        assert message.startswith(variable)
+        assert "pass" not in message
+        assert "credentials" in message
+
+
+@pytest.mark.parametrize("variable", ["POLYGON_WEBSOCKET_URL", "POLYGON_REST_URL"])
+def test_a_url_that_cannot_even_be_split_is_refused_by_its_variables_name(variable: str) -> None:
+    assert variable in refused(**{variable: "wss://[nowhere"})
+
+
+def test_urls_are_checked_for_the_simulator_too() -> None:
+    with pytest.raises(ConfigurationError, match="POLYGON_WEBSOCKET_URL"):
+        load({"POLYGON_WEBSOCKET_URL": "ws://socket.massive.com"})
+
+
+# Tickers and channels
+
+
+@pytest.mark.parametrize(
+    ("text", "tickers"),
+    [
+        ("SPY", ("SPY",)),
+        (" SPY , BRK.B,,KIMpL, ", ("SPY", "BRK.B", "KIMpL")),
+        ("SPY,spy,SPY", ("SPY", "spy")),
+        ("*", ("*",)),
+        ("SPY,*", ("*",)),
+    ],
+)
+def test_tickers_are_a_list_in_their_own_case_without_repeats(text: str, tickers: tuple[str, ...]) -> None:
+    found = load(REAL | {"POLYGON_TICKERS": text})
+    assert found.tickers == tickers
+    assert found.is_whole_market == (tickers == ("*",))
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "A/B", "SPY,..", "SPY,A\\B", "A" * 65, "A\x00B"])
+def test_tickers_that_are_none_are_refused(text: str) -> None:
+    assert refused(POLYGON_TICKERS=text).startswith("POLYGON_TICKERS")
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_a_list_of_tickers_or_refused_by_name(text: str) -> None:
+    try:
+        tickers = settings.parse_tickers(text.split(","))
+    except ConfigurationError as error:
+        assert str(error).startswith("POLYGON_TICKERS")  # noqa: PT017 - either outcome is right
+    else:
+        assert tickers
+        assert len(set(tickers)) == len(tickers)
+        assert all(ticker_fault(ticker) is None for ticker in tickers)
+
+
+@pytest.mark.parametrize(
+    ("text", "channels"),
+    [
+        ("AM", (Channel.MINUTE,)),
+        ("A", (Channel.SECOND,)),
+        ("AM,A", (Channel.MINUTE, Channel.SECOND)),
+        (" A , AM,A ", (Channel.SECOND, Channel.MINUTE)),
+    ],
+)
+def test_channels_are_a_list_without_repeats(text: str, channels: tuple[Channel, ...]) -> None:
+    assert load(REAL | {"POLYGON_CHANNELS": text}).channels == channels
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "am", "T", "AM,T", "AM;A", "*"])
+def test_channels_that_are_none_are_refused(text: str) -> None:
+    message = refused(POLYGON_CHANNELS=text)
+    assert message.startswith("POLYGON_CHANNELS")
+    assert "AM, A or AM,A" in message
+
+
+def test_every_channel_of_every_ticker_is_a_topic() -> None:
+    found = load(REAL | {"POLYGON_TICKERS": "SPY,BRK.B", "POLYGON_CHANNELS": "AM,A"})
+    assert sorted(found.topics) == ["A.BRK.B", "A.SPY", "AM.BRK.B", "AM.SPY"]
+    assert load(REAL | {"POLYGON_TICKERS": "*"}).topics == ["AM.*"]
