@@ -16,6 +16,7 @@ run may be torn; its CRC says so, and it was never given to anyone.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -36,6 +37,7 @@ SEGMENT_BYTES = 16 * 1024 * 1024
 # A full disk would lose frames: the run fails while there is room to end cleanly.
 MIN_FREE_BYTES = 256 * 1024 * 1024
 
+_DONE = ".published"
 _HEAD = struct.Struct("<IIQB")  # payload length, CRC-32 of what follows it, Unix microseconds, kind
 
 
@@ -94,7 +96,11 @@ class Segments:
 
     def backlog_bytes(self) -> int:
         """What waits on disk to be published."""
-        return sum(self.path(number).stat().st_size for number in self.numbers() if self.path(number).exists())
+        total = 0
+        for number in self.numbers():
+            with contextlib.suppress(FileNotFoundError):  # published since it was listed
+                total += self.path(number).stat().st_size
+        return total
 
     def read(self, number: int, start: int, end: int) -> Iterator[Record]:
         """The records from offset start to end, which must be boundaries that `end_of` or a record gave."""
@@ -104,7 +110,9 @@ class Segments:
 
     def discard(self) -> None:
         """Removes the folder: everything in it is on the lake."""
-        shutil.rmtree(self.folder)
+        # First out of sight in one step: a folder half removed would be taken up without its state.
+        done = self.folder.rename(self.folder.with_name(f".{self.folder.name}{_DONE}"))
+        shutil.rmtree(done)
         os.close(self._lock_file)
 
     def release(self) -> None:
@@ -253,6 +261,8 @@ class LeftoverJournal(Segments):
 
 def leftovers(root: Path) -> list[LeftoverJournal]:
     """Locks and returns the journals below JOURNAL_DIR that no process works on, oldest run first."""
+    for done in root.glob(f".*{_DONE}"):  # a kill came while it was removed
+        shutil.rmtree(done, ignore_errors=True)
     found = []
     for header in sorted(root.glob("*/journal.json")):
         try:

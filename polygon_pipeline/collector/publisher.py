@@ -25,7 +25,7 @@ from polygon_pipeline.collector.account import Account, encode_ledger, make_ledg
 from polygon_pipeline.collector.journal import JournalHeader, Kind, Record, Segments, write_atomically
 from polygon_pipeline.lake import frames, layout
 from polygon_pipeline.lake.objects import decode_record, encode_record
-from polygon_pipeline.lake.store import NOT_FOUND, Lake, for_each
+from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake, for_each
 from polygon_pipeline.market.bars import Bar, Channel
 from polygon_pipeline.market.calendar import session_date
 from polygon_pipeline.polygon.messages import Frame, decode_frame
@@ -33,6 +33,12 @@ from polygon_pipeline.polygon.stream import ConnectionEvent
 
 # Read from the journal at once: some 20,000 bars, which bounds both memory and the work repeated after a crash.
 BATCH_BYTES = 4 * 1024 * 1024
+
+# Tries at one object before the batch's rest is tried later: a connection that breaks now and then is no outage.
+_OBJECT_TRIES = 3
+
+_Batch = list[tuple[Record, Frame | None]]
+_BarKey = tuple[Channel, date, str, int]
 
 _decode_event = msgspec.json.Decoder(ConnectionEvent).decode
 
@@ -79,8 +85,7 @@ class Publisher:
     def step(self) -> bool:
         """Does the next piece of work. Returns False when there is none for now."""
         if self._pending:
-            asyncio.run(for_each(self._pending.items(), self._put_object))
-            self._pending = {}
+            asyncio.run(for_each(list(self._pending.items()), self._put_object))
             return True
         end, closed = self._journal.end_of(self._state.segment)
         if self._state.end < end:
@@ -112,7 +117,7 @@ class Publisher:
     def _take_batch(self, end: int) -> None:
         """Reads and counts the next records, and leaves their objects pending."""
         start = self._state.end
-        batch: list[tuple[Record, Frame | None]] = []
+        batch: _Batch = []
         for record, frame in self._read(start, end):
             batch.append((record, frame))
             end = record.end
@@ -120,30 +125,36 @@ class Publisher:
                 break
         if self._header.write_objects:
             self._known.load({(channel, session_date(bar.start_ms)) for channel, bar in _bars(batch)})
-        # From here on nothing is asked of the store, so a batch is taken whole or, after an error, again.
         account = msgspec.json.decode(msgspec.json.encode(self.account), type=Account)
         for record, frame in batch:
             if frame is None:
                 account.add_event(_decode_event(record.payload), record.received_at)
             else:
                 account.add_frame(frame, record.received_at)
+        fresh = self._count_bars(batch, account)
+        self._save(_State(self._state.segment, start, end, account))
+        # Only now, because until it is saved a batch may be taken again.
+        self._known.update(fresh)
+        for record, frame in batch:
             self._keep_lines(record, frame)
             self._keep_objects(record, frame)
-        for channel, bar in _bars(batch):
-            self._count_bar(channel, bar, account)
-        self._save(_State(self._state.segment, start, end, account))
 
-    def _count_bar(self, channel: Channel, bar: Bar, account: Account) -> None:
-        day = session_date(bar.start_ms)
-        count = account.day(day, channel)
-        count.bars += 1
-        self.tickers.add(bar.ticker)
-        if not self._header.write_objects:
-            return
-        if self._known.add(channel, day, bar):
-            count.objects += 1
-        else:
-            count.revisions += 1
+    def _count_bars(self, batch: _Batch, account: Account) -> set[_BarKey]:
+        """Counts a batch's bars by day, and returns those that the lake does not know."""
+        fresh: set[_BarKey] = set()
+        for channel, bar in _bars(batch):
+            day = session_date(bar.start_ms)
+            count = account.day(day, channel)
+            count.bars += 1
+            self.tickers.add(bar.ticker)
+            if self._header.write_objects:
+                key = (channel, day, bar.ticker, bar.start_ms)
+                if key in fresh or key in self._known:
+                    count.revisions += 1
+                else:
+                    count.objects += 1
+                    fresh.add(key)
+        return fresh
 
     def _read(self, start: int, end: int) -> Iterator[tuple[Record, Frame | None]]:
         for record in self._journal.read(self._state.segment, start, end):
@@ -174,16 +185,16 @@ class Publisher:
     def _archive_segment(self) -> None:
         """Puts a finished segment's frames and quarantine and the ledger, and deletes the segment."""
         number, run = self._state.segment, self._header.run
-        account = self.account
+        account, quarantine = self.account, list(self._quarantine)
         if torn := self._journal.torn_tail(number):
             account = msgspec.structs.replace(account, torn_bytes=account.torn_bytes + len(torn))
             at = account.last_received_at or self._header.started_at
-            self._quarantine.append(frames.quarantine_line(at, torn, "a journal record that a crash cut short"))
+            quarantine.append(frames.quarantine_line(at, torn, "a journal record that a crash cut short"))
         for day, lines in sorted(self._lines.items()):
             self._lake.put(layout.frames_key(day, run, number), frames.compress(lines))
-        if self._quarantine:
+        if quarantine:
             key = layout.quarantine_key(self._header.session_date, run, number)
-            self._lake.put(key, b"".join(self._quarantine))
+            self._lake.put(key, b"".join(quarantine))
         self.put_ledger(complete=False)
         self._save(_State(number + 1, 0, 0, account))
         self._journal.path(number).unlink()
@@ -196,26 +207,37 @@ class Publisher:
         self._state = state
 
     async def _put_object(self, item: tuple[str, bytes]) -> None:
-        """Writes a bar's record unless the lake has a later revision of it."""
+        """Writes a bar's record unless the lake has a later revision of it; then it is not pending any more."""
         key, content = item
+        for attempt in range(1, _OBJECT_TRIES + 1):
+            try:
+                while not await self._try_put(key, content):
+                    pass
+                break
+            except STORE_ERRORS:  # obstore does not try a conditional write again whose connection broke
+                if attempt == _OBJECT_TRIES:
+                    raise
+                await asyncio.sleep(0.1 * attempt)
+        del self._pending[key]
+
+    async def _try_put(self, key: str, content: bytes) -> bool:
+        """One try; False where somebody else wrote or removed the object meanwhile."""
         store = self._lake.store
-        while True:
-            try:
-                await obstore.put_async(store, key, content, mode="create", use_multipart=False)
-                return
-            except AlreadyExistsError:
-                pass
-            try:
-                found = await obstore.get_async(store, key)
-                existing = bytes(await found.bytes_async())
-                if existing == content or _collected_at(existing) > _collected_at(content):
-                    return
+        try:
+            await obstore.put_async(store, key, content, mode="create", use_multipart=False)
+            return True
+        except AlreadyExistsError:
+            pass
+        try:
+            found = await obstore.get_async(store, key)
+            existing = bytes(await found.bytes_async())
+            if existing != content and _collected_at(existing) <= _collected_at(content):
                 # A local store knows no conditional update, and has no other writer: the collector is alone.
                 mode = {"e_tag": found.meta["e_tag"]} if self._lake.is_s3 else "overwrite"
                 await obstore.put_async(store, key, content, mode=mode, use_multipart=False)  # type: ignore[arg-type]
-                return
-            except (PreconditionError, *NOT_FOUND):
-                continue  # somebody wrote or removed it since: look again
+            return True
+        except (PreconditionError, *NOT_FOUND):
+            return False
 
 
 class _KnownObjects:
@@ -234,15 +256,17 @@ class _KnownObjects:
                     known[parsed[0]].add(parsed[1])
             self._days[channel, day] = known
 
-    def add(self, channel: Channel, day: date, bar: Bar) -> bool:
-        """Notes a bar of a loaded day; returns whether it is new."""
-        starts = self._days[channel, day][bar.ticker]
-        before = len(starts)
-        starts.add(bar.start_ms)
-        return len(starts) > before
+    def __contains__(self, key: _BarKey) -> bool:
+        """Whether a bar of a loaded day is on the lake."""
+        channel, day, ticker, start_ms = key
+        return start_ms in self._days[channel, day].get(ticker, ())
+
+    def update(self, keys: set[_BarKey]) -> None:
+        for channel, day, ticker, start_ms in keys:
+            self._days[channel, day][ticker].add(start_ms)
 
 
-def _bars(batch: list[tuple[Record, Frame | None]]) -> Iterator[tuple[Channel, Bar]]:
+def _bars(batch: _Batch) -> Iterator[tuple[Channel, Bar]]:
     for _, frame in batch:
         if frame:
             yield from frame.bars
@@ -257,7 +281,7 @@ def _archive_line(record: Record, frame: Frame) -> bytes | None:
         return None
     try:
         msgspec.json.decode(record.payload)
-    except (msgspec.DecodeError, ValueError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         parts = msgspec.json.decode(record.payload, type=list[msgspec.Raw])
         good = [bytes(part) for index, part in enumerate(parts) if index not in positions]
         return frames.frame_line(record.received_at, b"[" + b",".join(good) + b"]", ()) if good else None

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SESSION_DATE_TAG = "polygon_pipeline/session_date"
 FEED_TAG = "polygon_pipeline/feed"
 STOPPED_TAG = "polygon_pipeline/stopped_by"
+TERMINATED_BY_HAND = "terminate"
+DEATH = "death"
 FAILED_FOR_GOOD_TAG = "polygon_pipeline/failed_for_good"
 
 RAW_ASSETS = {Channel.MINUTE: "raw_bars", Channel.SECOND: "raw_second_bars"}
@@ -114,8 +116,8 @@ def collect_aggregates(
             collector = Collector(opened, plan, context.log)
             reason = collector.run(ending, lambda progress: _report(context, wanted.feed, progress))
         if reason in (_TERMINATED, _ORPHANED):
-            _tag_who_stopped(context)
-            raise dg.DagsterExecutionInterruptedError  # ends the run as canceled; returning would call it a success
+            _cancel(context, reason)
+            raise dg.DagsterExecutionInterruptedError  # returning would call it a success
 
 
 # Job and op share a name, which a graph between them must not have.
@@ -257,11 +259,19 @@ def _report(context: dg.OpExecutionContext, feed: str, progress: "Progress") -> 
             )
 
 
-def _tag_who_stopped(context: dg.OpExecutionContext) -> None:
-    """Somebody who terminates a run wants it to stay ended; a process that is told to end does not say so."""
+def _cancel(context: dg.OpExecutionContext, reason: str) -> None:
+    """Lets the interruption that follows end the run as canceled; without it Dagster would call it a failure.
+
+    Somebody who terminates a run wants it to stay ended, and so it is tagged; a process that is told to end by a
+    signal alone goes on with the next start of Dagster.
+    """
     run = context.instance.get_run_by_id(context.run_id)
-    if run is not None and run.status is dg.DagsterRunStatus.CANCELING:
-        context.instance.add_run_tags(context.run_id, {STOPPED_TAG: "terminate"})
+    if run is None or run.is_finished:
+        return
+    if run.status is dg.DagsterRunStatus.CANCELING:
+        context.instance.add_run_tags(context.run_id, {STOPPED_TAG: TERMINATED_BY_HAND})
+    else:
+        context.instance.report_run_canceling(run, message=f"The collector ends: {reason}.")
 
 
 @contextlib.contextmanager

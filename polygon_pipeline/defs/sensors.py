@@ -7,10 +7,12 @@ import dagster as dg
 
 from polygon_pipeline.collector.launching import Outcome, PastRun, Start, cause_of_death, decide_demo, decide_live
 from polygon_pipeline.defs.collect import (
+    DEATH,
     FAILED_FOR_GOOD_TAG,
     FEED_TAG,
     SESSION_DATE_TAG,
     STOPPED_TAG,
+    TERMINATED_BY_HAND,
     collect_aggregates_job,
 )
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
@@ -77,6 +79,7 @@ def _bury_the_dead(context: dg.SensorEvaluationContext, lake: LakeResource) -> N
         if cause := cause_of_death(datetime.now(UTC), run.run_id, began, lease):
             message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
             context.log.warning(f"run {run.run_id}: {message}")
+            context.instance.add_run_tags(run.run_id, {STOPPED_TAG: DEATH})
             context.instance.report_run_failed(run, message)
 
 
@@ -99,8 +102,10 @@ def _outcome(run: dg.DagsterRun) -> Outcome:
         return Outcome.ACTIVE
     if run.status is dg.DagsterRunStatus.SUCCESS:
         return Outcome.SUCCEEDED
-    if run.status is dg.DagsterRunStatus.CANCELED:
-        return Outcome.STOPPED if STOPPED_TAG in run.tags else Outcome.INTERRUPTED
+    if run.tags.get(STOPPED_TAG) == TERMINATED_BY_HAND:
+        return Outcome.STOPPED
+    if run.status is dg.DagsterRunStatus.CANCELED or run.tags.get(STOPPED_TAG) == DEATH:
+        return Outcome.INTERRUPTED
     return Outcome.FAILED_FOR_GOOD if FAILED_FOR_GOOD_TAG in run.tags else Outcome.FAILED
 
 
