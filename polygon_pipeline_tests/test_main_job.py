@@ -5,18 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import duckdb
+import pyarrow as pa
 import pytest
 
 from polygon_pipeline.collector.account import decode_ledger
+from polygon_pipeline.collector.journal import Kind, leftovers
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake, S3Access, open_lake
@@ -28,6 +32,7 @@ from polygon_pipeline_tests.s3_server import SeaweedFS
 
 _REAL_BARS = Path(__file__).parents[2] / "shared" / "data" / "real-bars"
 _DAYS = ["2013-10-07", "2013-10-08", "2013-10-09"]
+_KEY = "the-key-that-nobody-may-see-7d1f"
 _DATASETS = ["normalized_bars", "bars_5m", "bars_15m", "bars_1h", "daily_bars"]
 
 needs_real_bars = pytest.mark.skipif(not _REAL_BARS.is_dir(), reason="the real bars are not beside this checkout")
@@ -36,13 +41,13 @@ needs_real_bars = pytest.mark.skipif(not _REAL_BARS.is_dir(), reason="the real b
 @pytest.fixture
 def exchange() -> Iterator[Exchange]:
     """A simulated exchange that replays the real bars as fast as they are read."""
-    with Exchange(CsvFeed(_REAL_BARS / "minute.csv"), speed=0, key="test-key") as exchange:
+    with Exchange(CsvFeed(_REAL_BARS / "minute.csv"), speed=0, key=_KEY) as exchange:
         yield exchange
 
 
 @pytest.fixture
 def environment(exchange: Exchange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setenv("POLYGON_API_KEY", "test-key")
+    monkeypatch.setenv("POLYGON_API_KEY", _KEY)
     monkeypatch.setenv("POLYGON_WEBSOCKET_URL", exchange.url)
     monkeypatch.setenv("POLYGON_TICKERS", "SPY,IBM")
     monkeypatch.setenv("LAKE_URI", (tmp_path / "lake").as_uri())
@@ -82,7 +87,7 @@ def _materialize(instance: dg.DagsterInstance, day: str, names: list[str]) -> dg
 
 @needs_real_bars
 def test_real_bars_become_objects_normalized_rows_and_daily_bars(
-    environment: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    environment: pytest.MonkeyPatch, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     lake = open_lake((tmp_path / "lake").as_uri(), _no_s3)
     with dg.instance_for_test() as instance:
@@ -114,8 +119,7 @@ def test_real_bars_become_objects_normalized_rows_and_daily_bars(
     assert rows == sorted(
         (bar["ticker"], int(bar["start_ms"]), *(float(bar[name]) for name in prices), 1, "websocket") for bar in bars
     )
-    with capsys.disabled():
-        _compare_with_official_days({(row[0], row[1]): row[2:] for row in daily})
+    _compare_with_official_days({(row[0], row[1]): row[2:] for row in daily}, say)
 
 
 def _assert_objects(lake: Lake, bars: list[dict[str, str]]) -> None:
@@ -147,15 +151,15 @@ def _assert_objects(lake: Lake, bars: list[dict[str, str]]) -> None:
         }
 
 
-def _compare_with_official_days(daily: dict[tuple[str, str], tuple[float, ...]]) -> None:
+def _compare_with_official_days(daily: dict[tuple[str, str], tuple[float, ...]], say: Callable[[str], None]) -> None:
     """Open, close and SPY's volume are exact; the official high and low leave some prints out, which is shown."""
-    print("\nreal bars: the made daily bars against the official days")
+    say("real bars: the made daily bars against the official days")
     with (_REAL_BARS / "daily.csv").open() as file:
         for official in csv.DictReader(file):
             made = daily[official["ticker"], official["date"]]
             wanted = [float(official[name]) for name in ("open", "high", "low", "close", "volume")]
             differences = [round(ours - theirs, 4) for ours, theirs in zip(made, wanted, strict=True)]
-            print(
+            say(
                 f"  {official['ticker']} {official['date']}: open {differences[0]:+g}, high {differences[1]:+.2f}, "
                 f"low {differences[2]:+.2f}, close {differences[3]:+g}, volume {differences[4]:+.0f}"
             )
@@ -219,6 +223,90 @@ def test_a_day_without_raw_bars_fails_with_a_sentence_and_is_not_retried(environ
     with dg.instance_for_test() as instance, pytest.raises(dg.Failure, match="no raw bars of 2013-10-10") as failure:
         _materialize(instance, "2013-10-10", ["normalized_bars"])
     assert failure.value.allow_retries is False
+
+
+@needs_real_bars
+def test_the_key_is_in_no_log_event_ledger_journal_error_or_url(
+    environment: pytest.MonkeyPatch, tmp_path: Path, say: Callable[[str], None]
+) -> None:
+    """Of a run that goes well, and of one whose key is refused."""
+    printed = _collect_by_command(environment, tmp_path)
+    with Exchange(CsvFeed(_REAL_BARS / "minute.csv"), speed=0, key="another-key") as strict:
+        environment.setenv("POLYGON_WEBSOCKET_URL", strict.url)
+        environment.setenv("LAKE_URI", (tmp_path / "refused").as_uri())
+        printed += _collect_by_command(environment, tmp_path)
+    assert b"POLYGON_API_KEY" in printed, "the refusal is among what was searched"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    found = [path for path in files if _KEY.encode() in _plain(path)]
+    assert found == []
+    assert _KEY.encode() not in printed
+    say(f"secrets: {len(files):,} files and {len(printed):,} printed bytes searched, the key in none")
+
+
+@needs_real_bars
+def test_a_second_signal_ends_a_run_at_once_and_the_journal_keeps_what_came(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment.setenv("LAKE_URI", "s3://nowhere/lake")
+    for name, value in _DEAD_S3.items():
+        environment.setenv(name, value)
+    process = subprocess.Popen(_collect_command(environment, tmp_path), stdout=subprocess.DEVNULL)
+    journal = tmp_path / "journal"
+    _until(lambda: any(_frames_in(folder) for folder in journal.glob("2*")), "frames are in the journal")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(3)
+    assert process.poll() is None, "the first signal drains, and the lake is down"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) != 0
+    (left,) = leftovers(journal)
+    frames = sum(1 for record in left.read(1, 0, left.end_of(1)[0]) if record.kind is Kind.FRAME)
+    left.release()
+    assert frames > 3, "more than the three statuses of the handshake"
+
+
+# An S3 that answers nothing: its port is closed.
+_DEAD_S3 = {
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+    "AWS_ACCESS_KEY_ID": "id",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def _collect_by_command(environment: pytest.MonkeyPatch, tmp_path: Path) -> bytes:
+    command = _collect_command(environment, tmp_path)
+    result = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    return result.stdout + result.stderr
+
+
+def _collect_command(environment: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    home = tmp_path / "dagster-home"
+    home.mkdir(exist_ok=True)
+    environment.setenv("DAGSTER_HOME", str(home))
+    config = tmp_path / "collect.yaml"
+    config.write_text("ops: {collect_aggregates: {config: {stop_after_seconds: 5}}}\n")
+    command = ["job", "execute", "-m", "polygon_pipeline.definitions", "-j", "collect_aggregates", "-c", str(config)]
+    return [sys.executable, "-m", "dagster", *command]
+
+
+def _plain(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix != ".zst":
+        return content
+    with pa.input_stream(path, compression="zstd") as stream:
+        plain: bytes = stream.read()
+    return plain
+
+
+def _frames_in(folder: Path) -> bool:
+    return any(path.stat().st_size > 100_000 for path in folder.glob("*.segment"))
+
+
+def _until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.2)
 
 
 def _dagster(home: Path, *arguments: str) -> None:

@@ -13,7 +13,7 @@ the lake.
 
 from __future__ import annotations
 
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 
 import msgspec
 
@@ -21,6 +21,9 @@ from polygon_pipeline.collector.journal import JournalHeader
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon.messages import Frame
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
+
+_MINUTE = timedelta(minutes=1)
+_LATEST_DELIVERY = timedelta(seconds=5)
 
 
 class Connected(msgspec.Struct):
@@ -32,11 +35,16 @@ class Connected(msgspec.Struct):
 
 
 class Gap(msgspec.Struct):
-    """A time between two connections, in which bars may have been lost: nothing is replayed."""
+    """A time between two connections, in which bars may have been lost: nothing is replayed.
+
+    first_minute, last_minute: the starts of the minute bars that were due in it; None where none was.
+    """
 
     start: datetime
     end: datetime | None
     cause: str
+    first_minute: datetime | None = None
+    last_minute: datetime | None = None
 
 
 class DayCount(msgspec.Struct):
@@ -94,7 +102,7 @@ class Account(msgspec.Struct):
         """The times between connections; the last is open while the run is not connected."""
         ends = [connection.since for connection in self.connections[1:]]
         return [
-            Gap(connection.until, end, connection.ended_by)
+            _gap(connection.until, end, connection.ended_by)
             for connection, end in zip(self.connections, [*ends, None], strict=False)
             if connection.until and (end or not self.ended_by)
         ]
@@ -122,6 +130,18 @@ class Account(msgspec.Struct):
         if self.connections and self.connections[-1].until is None:
             self.connections[-1].until = at
             self.connections[-1].ended_by = cause
+
+
+def _gap(start: datetime, end: datetime | None, cause: str) -> Gap:
+    # A minute's bar comes within seconds of the minute's end.
+    earliest = start - _MINUTE - _LATEST_DELIVERY
+    first = earliest.replace(second=0, microsecond=0)
+    if first < earliest:
+        first += _MINUTE
+    last = None if end is None else (end - _MINUTE).replace(second=0, microsecond=0)
+    if last is not None and last < first:
+        return Gap(start, end, cause)
+    return Gap(start, end, cause, first, last)
 
 
 class Ledger(msgspec.Struct):

@@ -64,11 +64,19 @@ class Holding(msgspec.Struct, frozen=True):
     expires_at: datetime
     status: Status = Status()
     released: bool = False
+    process_started: int | None = None
 
     def is_free(self, now: datetime) -> bool:
-        """Whether the next collector may take it: released, its process gone from this machine, or expired."""
-        if self.released or (self.machine == this_machine() and not _is_running(self.pid)):
+        """Whether the next collector may take it: it was released, or its holder is gone.
+
+        Of a process of this machine that is certain, so an outage of the store, in which no lease can be renewed, is
+        not taken for its death. Of another machine's there is only the expiry.
+        """
+        if self.released:
             return True
+        if self.machine == this_machine():
+            started = _process_start(self.pid)
+            return started is None or self.process_started not in (None, started)
         return now > self.expires_at + CLOCK_TOLERANCE
 
 
@@ -98,7 +106,8 @@ class Lease:
         seen: Holding | None = None
         while True:
             holding, self._etag = self._read()
-            if holding is None or holding.is_free(datetime.now(UTC)):
+            mine = holding is not None and holding.run == self._run  # taken before, but the answer was lost
+            if holding is None or mine or holding.is_free(datetime.now(UTC)):
                 with contextlib.suppress(LeaseLost):  # another was quicker: look at it
                     self.renew(Status())
                     return
@@ -123,26 +132,40 @@ class Lease:
 
     def _write(self, released: bool) -> None:
         now = datetime.now(UTC)
+        pid = os.getpid()
         content = msgspec.json.encode(
-            Holding(self._run, self._owner, this_machine(), os.getpid(), now, now + TTL, self._status, released)
+            Holding(
+                run=self._run,
+                owner=self._owner,
+                machine=this_machine(),
+                pid=pid,
+                renewed_at=now,
+                expires_at=now + TTL,
+                status=self._status,
+                released=released,
+                process_started=_process_start(pid),
+            )
         )
         if not self._lake.is_s3:
             if self._lock is not None:
                 self._lake.put(layout.LEASE_KEY, content)
             return
-        mode = "create" if self._etag is None else {"e_tag": self._etag}
-        try:
-            result = obstore.put(self._lake.store, layout.LEASE_KEY, content, mode=mode)  # type: ignore[arg-type]
-        except (PreconditionError, AlreadyExistsError, *NOT_FOUND):
-            # Perhaps our own write, whose answer was lost.
-            holding, etag = self._read()
-            if holding is None or (holding.run, holding.owner) != (self._run, self._owner):
-                raise LeaseLost(_held(self._lake.uri, holding) if holding else "the lease was removed") from None
-            self._etag = etag
+        while True:
+            mode = "create" if self._etag is None else {"e_tag": self._etag}
+            try:
+                result = obstore.put(self._lake.store, layout.LEASE_KEY, content, mode=mode)  # type: ignore[arg-type]
+            except (PreconditionError, AlreadyExistsError, *NOT_FOUND):
+                holding, etag = self._read()
+                if holding is None or (holding.run, holding.owner) != (self._run, self._owner):
+                    raise LeaseLost(_held(self._lake.uri, holding) if holding else "the lease was removed") from None
+                self._etag = etag  # our own, of a write whose answer was lost
+                continue
+            self._etag = result["e_tag"]
             return
-        self._etag = result["e_tag"]
 
     def _acquire_lock(self) -> None:
+        if self._lock is not None:
+            return
         self._lock = os.open(self._lake.local_root / "lease.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,12 +207,14 @@ def this_machine() -> str:
     return f"{socket.gethostname()}/{boot}"
 
 
-def _is_running(pid: int) -> bool:
+def _process_start(pid: int) -> int | None:
+    """When a process of this machine started, in ticks since boot (0 where the system does not say), or None if there
+    is none. The id alone could be another's by now; a killed process keeps it until its parent has looked."""
     try:
         os.kill(pid, 0)
-        # A killed process whose parent has not looked yet still has its id.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's process, or no /proc: it runs
-        return True
+        return None
+    except OSError:  # somebody else's process, or no /proc
+        return 0
+    return None if state == "Z" else int(fields[18])

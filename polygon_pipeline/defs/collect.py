@@ -30,6 +30,7 @@ from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 
 if TYPE_CHECKING:
+    from polygon_pipeline.collector.account import Gap
     from polygon_pipeline.collector.collector import Progress
 
 SESSION_DATE_TAG = "polygon_pipeline/session_date"
@@ -247,9 +248,7 @@ def _report(context: dg.OpExecutionContext, feed: str, progress: "Progress") -> 
                         "bars_per_second": round(account.bars / max(progress.elapsed_seconds, 1e-9), 1),
                         "quarantined": account.quarantined,
                         "reconnects": max(0, len(account.connections) - 1),
-                        "gaps": dg.MetadataValue.json(
-                            [{"start": str(g.start), "end": str(g.end), "cause": g.cause} for g in account.gaps()]
-                        ),
+                        "gaps": dg.MetadataValue.json([_shown(gap) for gap in account.gaps()]),
                         "last_received_at": str(account.last_received_at),
                         "backlog_bytes": progress.backlog_bytes,
                         "unpublished_seconds": round(progress.unpublished_seconds, 1),
@@ -257,6 +256,12 @@ def _report(context: dg.OpExecutionContext, feed: str, progress: "Progress") -> 
                     },
                 )
             )
+
+
+def _shown(gap: "Gap") -> dict[str, str]:
+    end = f"{gap.last_minute:%H:%M} UTC" if gap.last_minute else "now"
+    minutes = f"{gap.first_minute:%H:%M} to {end}" if gap.first_minute else "none"
+    return {"start": str(gap.start), "end": str(gap.end or "now"), "cause": gap.cause, "minute_bars_due": minutes}
 
 
 def _cancel(context: dg.OpExecutionContext, reason: str) -> None:

@@ -17,7 +17,7 @@ from polygon_pipeline.lake.objects import decode_record
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import session_date
-from polygon_pipeline.market.transform import Normalization
+from polygon_pipeline.market.transform import NoBars, Normalization
 
 
 @dataclass
@@ -47,7 +47,15 @@ def normalize_day(lake: Lake, day: date, channel: Channel, target: Path, folder:
             records = folder / "records.jsonl"
             raw.records = _fetch_records(lake, uncovered, day, records, raw.unreadable)
             normalization.add_records(records)
-        normalization.write(target)
+        try:
+            normalization.write(target)
+        except NoBars as error:
+            if raw.unreadable:
+                key, fault = next(iter(raw.unreadable.items()))
+                raise NoBars(
+                    f"{error} that can be read; {len(raw.unreadable)} cannot, such as {key}: {fault}"
+                ) from error
+            raise
     return raw
 
 

@@ -118,7 +118,7 @@ _WRITE_NORMALIZED = """
 
 _SUM_VOLUME = "CAST(sum(CAST(volume AS DECIMAL(38, 6))) {where} AS DOUBLE)"
 _VWAP = """
-    CAST(sum(CAST(vwap * volume AS DECIMAL(38, 6))) {where} AS DOUBLE)
+    CAST(sum(CAST(vwap * volume AS DECIMAL(38, 10))) {where} AS DOUBLE)
         / nullif(CAST(sum(CAST(CASE WHEN vwap IS NOT NULL THEN volume END AS DECIMAL(38, 6))) {where} AS DOUBLE), 0)
 """
 

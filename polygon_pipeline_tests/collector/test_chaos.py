@@ -80,7 +80,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_session_in_which_everything_goes_wrong_loses_nothing_that_arrived(
-    seed: int, feed: list[Event], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    seed: int, feed: list[Event], tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     chance = random.Random(seed)
     appointed = [*SLOW, *RANDOM, Kind.AUTH_TIMEOUT]
@@ -94,11 +94,11 @@ def test_a_session_in_which_everything_goes_wrong_loses_nothing_that_arrived(
     assert set(faults.happened) == set(appointed), "a fault that did not happen proves nothing"
     holds(session)
     assert any_older_revision_stayed(session, feed), "a late bar that replaces nothing proves little"
-    tell(session, f"seed {seed}: {sum(faults.happened.values())} faults", capsys)
+    tell(session, f"seed {seed}: {sum(faults.happened.values())} faults", say)
 
 
 def test_a_market_that_waits_for_nobody_leaves_gaps_with_their_causes_and_loses_nothing_that_arrived(
-    feed: list[Event], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    feed: list[Event], tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     """All that ends a connection, every 20 minutes of a session that takes 9 seconds; the stall lasts hours of it."""
     times = count(feed[0].emit_ms + 1_200_000, 1_200_000)
@@ -108,7 +108,7 @@ def test_a_market_that_waits_for_nobody_leaves_gaps_with_their_causes_and_loses_
     assert set(faults.happened) == set(CAUSES)
     holds(session)
     assert session.ledger.account.bars < len(feed), "some bars came while nobody listened"
-    tell(session, "real time", capsys)
+    tell(session, "real time", say)
 
 
 def test_a_refused_key_ends_the_run_at_once_and_what_came_before_it_is_kept(feed: list[Event], tmp_path: Path) -> None:
@@ -202,13 +202,12 @@ def any_older_revision_stayed(session: Session, feed: list[Event]) -> bool:
     return last_arrived != last_sent
 
 
-def tell(session: Session, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def tell(session: Session, what: str, say: Callable[[str], None]) -> None:
     """Says what the assertions have shown, and that every way of ending a connection has its cause in the ledger."""
     gaps = session.ledger.gaps
     for kind, cause in CAUSES.items():
         assert any(cause in gap.cause for gap in gaps), kind
-    with capsys.disabled():
-        print(f"\n{what}, {len(gaps)} disconnects, {session.ledger.account.bars} bars, 0 lost")
+    say(f"{what}, {len(gaps)} disconnects, {session.ledger.account.bars} bars, 0 lost")
 
 
 class Receipt(NamedTuple):

@@ -1,0 +1,232 @@
+"""`dagster dev` for real: its processes are killed, and exactly one collector goes on, with nothing lost.
+
+The built-in simulator is the feed, as in the demo; the web server is asked what a user would see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from polygon_pipeline.collector.account import Ledger, decode_ledger
+from polygon_pipeline.collector.lease import Holding, read_lease
+from polygon_pipeline.lake.store import Lake
+
+T = TypeVar("T")
+
+_ROOT = Path(__file__).parents[1]
+_PATIENCE = 90.0
+
+
+class DagsterDev:
+    """A `dagster dev` in a session of its own, so that everything it starts can be found again."""
+
+    def __init__(self, folder: Path, lake: Lake) -> None:
+        self._folder = folder
+        self._lake = lake
+        self._port = _free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sessions: list[int] = []
+        (folder / "home").mkdir()
+        shutil.copy(_ROOT / "deploy" / "local" / "dagster.yaml", folder / "home" / "dagster.yaml")
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "DAGSTER_HOME": str(self._folder / "home"),
+            "LAKE_URI": self._lake.uri,
+            "JOURNAL_DIR": str(self._folder / "journal"),
+        }
+        command = [sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(self._port)]
+        with (self._folder / "dev.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "-m", "polygon_pipeline.definitions"],
+                env=environment,
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._sessions.append(self._process.pid)
+        _until(self.serves, "dagster dev serves")
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The collector's runs as the UI lists them, newest first."""
+        query = (
+            '{ runsOrError(filter: {pipelineName: "collect_aggregates"}) { ... on Runs { results { runId status } } } }'
+        )
+        return list(self._ask(query)["runsOrError"]["results"])
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the terminal sends it to every process of the group."""
+        assert self._process
+        os.killpg(self._process.pid, signal.SIGINT)
+        self._process.wait(60)
+
+    def kill(self, word: str, but: int | None = None) -> None:
+        """SIGKILL to the processes whose command line has this word, except one."""
+        victims = [pid for pid, line in self._processes() if word in line and pid != but]
+        assert victims
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def collectors(self) -> int:
+        """How many processes hold the local lake's lock open: the collectors at work."""
+        lock = self._lake.local_root / "lease.lock"
+        return sum(1 for pid in _pids() if lock in _open_files(pid))
+
+    def close(self) -> None:
+        for pid, _ in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._process:
+            self._process.wait(30)
+
+    def _processes(self) -> list[tuple[int, str]]:
+        found = []
+        for pid in _pids():
+            with contextlib.suppress(OSError):
+                if os.getsid(pid) in self._sessions:
+                    found.append((pid, Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()))
+        return found
+
+    def serves(self) -> bool:
+        """Whether the web server answers."""
+        with contextlib.suppress(OSError):
+            self._ask("{ version }")
+            return True
+        return False
+
+    def _ask(self, query: str) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}/graphql",
+            data=json.dumps({"query": query}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            answer: dict[str, Any] = json.load(response)["data"]
+        return answer
+
+
+@pytest.fixture
+def dev(tmp_path: Path, file_lake: Lake) -> Iterator[DagsterDev]:
+    dev = DagsterDev(tmp_path, file_lake)
+    try:
+        dev.start()
+        yield dev
+    finally:
+        dev.close()
+
+
+@pytest.mark.timeout(600)
+def test_whatever_is_killed_exactly_one_collector_goes_on(
+    dev: DagsterDev, file_lake: Lake, say: Callable[[str], None]
+) -> None:
+    first = _until(lambda: _alive(file_lake), "the sensor starts a collector")
+    _until(lambda: file_lake.keys("raw-data/"), "bars are on the lake")
+    assert _statuses(dev) == ["STARTED"]
+
+    os.kill(first.pid, signal.SIGKILL)
+    second = _until(lambda: _alive(file_lake, after=first), "a second attempt follows the killed worker")
+    assert _statuses(dev) == ["STARTED", "FAILURE"]
+    assert dev.collectors() == 1
+
+    dev.kill("dagster._daemon")
+    _until(lambda: not dev.serves(), "dagster dev ends without its daemon")
+    dev.start()
+    time.sleep(20)  # a sensor tick and more: time enough to start a second collector
+    assert _statuses(dev) == ["STARTED", "FAILURE"], "the collector at work goes on"
+    assert dev.collectors() == 1
+
+    dev.kill("dagster", but=second.pid)
+    _until(lambda: dev.collectors() == 0, "a collector whose launcher is gone ends by itself")
+    dev.start()
+    third = _until(lambda: _alive(file_lake, after=second), "the next start begins another")
+    assert dev.collectors() == 1
+
+    dev.kill("")
+    _until(lambda: dev.collectors() == 0, "everything is dead")
+    dev.start()
+    fourth = _until(lambda: _alive(file_lake, after=third), "it goes on after everything was killed")
+    assert dev.collectors() == 1
+    statuses = _statuses(dev)
+    assert statuses[0] == "STARTED"
+    assert "STARTED" not in statuses[1:]
+
+    dev.interrupt()
+    _until(lambda: dev.collectors() == 0, "Ctrl-C ends the collector")
+    dev.start()
+    _until(lambda: _statuses(dev)[1] == "CANCELED", "the interrupted run is canceled, and another begun")
+    fifth = _until(lambda: _alive(file_lake, after=fourth), "an interrupted session goes on")
+    statuses = _statuses(dev)
+    ledgers = [decode_ledger(file_lake.get(key) or b"") for key in file_lake.keys("ledger/")]
+    _assert_nothing_lost(file_lake, [ledger for ledger in ledgers if ledger.run != fifth.run])
+    say(
+        f"dagster dev: worker, daemon, launcher and everything killed, then Ctrl-C: {len(statuses)} runs "
+        f"({', '.join(reversed(statuses))}), never two collectors, "
+        f"{sum(ledger.account.bars for ledger in ledgers)} bars, 0 lost"
+    )
+
+
+def _assert_nothing_lost(lake: Lake, ledgers: list[Ledger]) -> None:
+    assert len(ledgers) >= 4
+    for ledger in ledgers:
+        assert ledger.complete, ledger.run
+        assert ledger.imbalance == []
+    counted = sum(count.objects for ledger in ledgers for day in ledger.account.days.values() for count in day.values())
+    assert len(lake.keys("raw-data/")) >= counted
+
+
+def _alive(lake: Lake, after: Holding | None = None) -> Holding | None:
+    lease = read_lease(lake)
+    if lease is None or lease.is_free(datetime.now(UTC)) or (after and lease.run == after.run):
+        return None
+    return lease
+
+
+def _statuses(dev: DagsterDev) -> list[str]:
+    return [run["status"] for run in dev.runs()]
+
+
+def _until(condition: Callable[[], T | None], what: str) -> T:
+    deadline = time.monotonic() + _PATIENCE
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {_PATIENCE:.0f} s in vain until {what}")
+        time.sleep(0.5)
+    return found
+
+
+def _pids() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _open_files(pid: int) -> set[Path]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.add(link.readlink())
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
