@@ -29,6 +29,11 @@ def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]
     return lambda line: record_property("account", line)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes minutes and mostly waits goes first, so that the others run beside it."""
+    items.sort(key=lambda item: item.path.name != "test_dagster_dev.py")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
     lines = [line for report in reports for name, line in report.user_properties if name == "account"]

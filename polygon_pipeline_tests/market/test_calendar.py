@@ -176,3 +176,9 @@ def test_as_many_completed_sessions_as_asked_for_oldest_first(count: int) -> Non
     days = calendar.completed_sessions(utc(2026, 1, 26, 18), count)
     assert len(days) == count
     assert days == calendar.trading_days(days[0], date(2026, 1, 23))
+
+
+def test_the_kept_closures_are_what_the_library_says() -> None:
+    """When this fails after an upgrade: python -m polygon_pipeline.market.calendar, and look at the difference."""
+    kept = calendar._closures()
+    assert kept == calendar.closures_by_library(kept.until)
