@@ -215,7 +215,7 @@ class Collector:
         retry = "" if event.retry_seconds is None else f"; next attempt in {event.retry_seconds:.1f} s"
         self._messages.put((logging.INFO if routine else logging.WARNING, f"{event.kind}: {event.detail}{retry}"))
 
-    def _publish(self, left: Sequence[LeftoverJournal]) -> None:
+    def _publish(self, left: list[LeftoverJournal]) -> None:
         lease = Lease(self._lake, self._plan.run, self._plan.owner)
         try:
             self._persist(lambda: self._lake.claim(self._plan.feed))
@@ -223,8 +223,9 @@ class Collector:
             self._admitted.set()
             renewing = self._thread("lease", lambda: self._renew(lease))
             # Dead runs first: their bars are older, and so revisions reach the lake in the order they came.
-            for journal in left:
-                self._recover(journal)
+            while left:
+                self._recover(left[0])
+                left.pop(0)
             while True:
                 last_round = self._draining.is_set()
                 if self._persist(self._publisher.step):
@@ -233,13 +234,17 @@ class Collector:
                     break
                 self._journal.wait(*self._publisher.position, _POLL_SECONDS)
                 time.sleep(_LINGER_SECONDS)
-            self._persist(lambda: self._publisher.put_ledger(complete=True))
+            complete = not self._journal.numbers()
+            self._persist(lambda: self._publisher.put_ledger(complete))
             self._finished.set()
             renewing.join()
             self._persist(lease.release)
         except _GivenUp:  # _drain says what is left
             with contextlib.suppress(*STORE_ERRORS):
                 lease.release()
+        finally:
+            for journal in left:
+                journal.release()
 
     def _renew(self, lease: Lease) -> None:
         """Keeps the lease until the run is over. A store that is down does not end it; another holder does."""
@@ -323,14 +328,15 @@ class Collector:
     def _progress(self) -> Progress:
         account = self._publisher.account
         backlog = self._backlog_bytes()
-        oldest = (account.last_received_at or datetime.now(UTC)) if backlog else datetime.now(UTC)
+        now = datetime.now(UTC)
+        oldest = (account.last_received_at or now) if backlog else now
         return Progress(
             account=account,
             dates=frozenset(),
             tickers=len(self._publisher.tickers),
             elapsed_seconds=time.monotonic() - self._started,
             backlog_bytes=backlog,
-            unpublished_seconds=max(0.0, (datetime.now(UTC) - oldest).total_seconds()),
+            unpublished_seconds=max(0.0, (now - oldest).total_seconds()),
             store_fault=self._store_fault,
         )
 

@@ -112,7 +112,7 @@ class Segments:
         """Removes the folder: everything in it is on the lake."""
         # First out of sight in one step: a folder half removed would be taken up without its state.
         done = self.folder.rename(self.folder.with_name(f".{self.folder.name}{_DONE}"))
-        shutil.rmtree(done)
+        shutil.rmtree(done, ignore_errors=True)  # another start may be sweeping it
         os.close(self._lock_file)
 
     def release(self) -> None:
@@ -267,12 +267,12 @@ def leftovers(root: Path) -> list[LeftoverJournal]:
     for header in sorted(root.glob("*/journal.json")):
         try:
             lock_file = _lock(header.parent)
-        except BlockingIOError:
-            continue  # its run is alive
-        if not header.exists():  # published and removed while we looked
+        except (BlockingIOError, FileNotFoundError):
+            continue  # its run is alive, or published and removed while we looked
+        try:
+            found.append(LeftoverJournal(header.parent, lock_file))
+        except FileNotFoundError:  # removed since
             os.close(lock_file)
-            continue
-        found.append(LeftoverJournal(header.parent, lock_file))
     return found
 
 

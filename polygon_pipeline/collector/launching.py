@@ -37,11 +37,12 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class PastRun:
-    """A collector run of one feed. ended_at: aware, None while it is active."""
+    """A collector run of one feed. ended_at: aware, None while it is active. attempt: 0 when launched by hand."""
 
     session_date: date
     outcome: Outcome
     ended_at: datetime | None
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _start_or_wait(day: date, now: datetime, loaded_at: datetime, runs: Sequence
     mine = [run for run in runs if run.session_date == day]
     if not mine:
         return Start(day, 1)
-    last, attempt = mine[0], len(mine) + 1
+    last, attempt = mine[0], max(len(mine), *(run.attempt for run in mine)) + 1
     match last.outcome:
         case Outcome.SUCCEEDED:
             return Wait(f"{day} is collected")

@@ -30,6 +30,7 @@ TTL = timedelta(seconds=60)
 RENEW_SECONDS = 15.0
 # Machines' clocks differ: who takes a lease over waits this much longer than its expiry.
 CLOCK_TOLERANCE = timedelta(seconds=15)
+_TRIES = 5
 
 
 class LeaseHeld(Exception):
@@ -150,7 +151,7 @@ class Lease:
             if self._lock is not None:
                 self._lake.put(layout.LEASE_KEY, content)
             return
-        while True:
+        for _ in range(_TRIES):
             mode = "create" if self._etag is None else {"e_tag": self._etag}
             try:
                 result = obstore.put(self._lake.store, layout.LEASE_KEY, content, mode=mode)  # type: ignore[arg-type]
@@ -162,6 +163,7 @@ class Lease:
                 continue
             self._etag = result["e_tag"]
             return
+        raise LeaseLost(f"{self._lake.uri} refuses every renewal of this collector's own lease")
 
     def _acquire_lock(self) -> None:
         if self._lock is not None:

@@ -13,6 +13,7 @@ bytes under the same key. A segment is deleted when all of it is on the lake.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import date
@@ -196,6 +197,8 @@ class Publisher:
             key = layout.quarantine_key(self._header.session_date, run, number)
             self._lake.put(key, b"".join(quarantine))
         self.put_ledger(complete=False)
+        if not self._lake.is_s3:
+            os.sync()  # the local store does not sync what it writes, and now the journal's copy goes
         self._save(_State(number + 1, 0, 0, account))
         self._journal.path(number).unlink()
         self._lines.clear()

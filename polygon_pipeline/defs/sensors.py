@@ -18,6 +18,7 @@ from polygon_pipeline.defs.collect import (
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.settings import ConfigurationError
 
+ATTEMPT_TAG = "polygon_pipeline/attempt"
 _LOADED_AT = datetime.now(UTC)
 
 _ACTIVE = {
@@ -54,7 +55,7 @@ def market_session_sensor(
         # A run key is remembered for ever, whatever became of its run: so the attempt is part of it.
         run_key=f"{wanted.feed}-{day}-{decision.attempt}",
         run_config={"ops": {"collect_aggregates": {"config": {"session_date": day}}}},
-        tags={SESSION_DATE_TAG: day, FEED_TAG: wanted.feed, "polygon_pipeline/attempt": str(decision.attempt)},
+        tags={SESSION_DATE_TAG: day, FEED_TAG: wanted.feed, ATTEMPT_TAG: str(decision.attempt)},
     )
 
 
@@ -93,7 +94,7 @@ def _past_runs(instance: dg.DagsterInstance, feed: str) -> Sequence[PastRun]:
             continue
         ended = None if record.end_time is None else datetime.fromtimestamp(record.end_time, UTC)
         day = date.fromisoformat(tags[SESSION_DATE_TAG]) if SESSION_DATE_TAG in tags else record.create_timestamp.date()
-        runs.append(PastRun(day, _outcome(record.dagster_run), ended))
+        runs.append(PastRun(day, _outcome(record.dagster_run), ended, int(tags.get(ATTEMPT_TAG, 0))))
     return runs
 
 

@@ -925,7 +925,6 @@ def test_the_backlog_can_be_asked_for_while_segments_are_published(tmp_path: Pat
     thread.join()
 
 
-@pytest.mark.xfail(strict=True, reason="leftovers() removes what a live discard() is removing, and stumbles over it")
 def test_a_run_that_starts_while_another_ends_disturbs_neither(tmp_path: Path, file_lake: Lake) -> None:
     over = threading.Event()
     stumbled: list[OSError] = []
