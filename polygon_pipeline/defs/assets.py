@@ -16,7 +16,18 @@ from polygon_pipeline.market.bars import Channel
 
 # Datasets follow their inputs, of whatever day: `eager` alone would keep to the latest one, and a late recovery or
 # the demo's past days must follow too.
-FOLLOW_INPUTS = dg.AutomationCondition.eager().without(dg.AutomationCondition.in_latest_time_window())
+_FOLLOW_BARS = dg.AutomationCondition.eager().without(dg.AutomationCondition.in_latest_time_window())
+
+# Raw bars arrive while a run is making the day from what there was before. `eager` takes the end of that run for an
+# answer to them, and the session's last bars would be left out; here only a later request answers them.
+_FOLLOW_RAW_BARS = (
+    (dg.AutomationCondition.newly_missing() | dg.AutomationCondition.any_deps_updated()).since(
+        (dg.AutomationCondition.newly_requested() & ~dg.AutomationCondition.any_deps_updated())
+        | dg.AutomationCondition.initial_evaluation()
+    )
+    & ~dg.AutomationCondition.any_deps_missing()
+    & ~dg.AutomationCondition.in_progress()
+)
 
 UNREADABLE_OBJECTS = "unreadable_objects"
 
@@ -43,7 +54,7 @@ raw_second_bars = dg.AssetSpec(
     deps=[raw_bars],
     partitions_def=trading_days,
     io_manager_key="parquet",
-    automation_condition=FOLLOW_INPUTS,
+    automation_condition=_FOLLOW_RAW_BARS,
     group_name="bars",
     kinds={"duckdb", "parquet"},
 )
@@ -56,7 +67,7 @@ def normalized_bars(context: dg.AssetExecutionContext, lake: LakeResource) -> Pa
     deps=[raw_second_bars],
     partitions_def=trading_days,
     io_manager_key="parquet",
-    automation_condition=FOLLOW_INPUTS,
+    automation_condition=_FOLLOW_RAW_BARS,
     group_name="second_bars",
     kinds={"duckdb", "parquet"},
 )
@@ -71,7 +82,7 @@ def normalized_second_bars(context: dg.AssetExecutionContext, lake: LakeResource
             description=description,
             io_manager_key="parquet",
             is_required=False,
-            automation_condition=FOLLOW_INPUTS,
+            automation_condition=_FOLLOW_BARS,
             group_name="bars",
             kinds={"duckdb", "parquet"},
         )

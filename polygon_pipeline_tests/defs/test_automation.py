@@ -1,0 +1,59 @@
+"""Datasets follow their inputs: evaluated as the automation sensor does, tick after tick."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from polygon_pipeline.definitions import build_defs
+
+_DAY = "2026-11-16"
+_FIVE = {"normalized_bars", "bars_5m", "bars_15m", "bars_1h", "daily_bars"}
+
+
+class _Ticks:
+    """The automation sensor's evaluations, one after another, against one instance."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self._instance = instance
+        self._cursor: Any = None
+
+    def next(self) -> set[str]:
+        """The assets that this tick asks for, of the one day."""
+        result = dg.evaluate_automation_conditions(
+            defs=build_defs(),
+            instance=self._instance,
+            asset_selection=dg.AssetSelection.all(),
+            cursor=self._cursor,
+        )
+        self._cursor = result.cursor
+        keys = {dg.AssetKey(name) for name in _FIVE}
+        return {key.to_user_string() for key in keys if result.get_requested_partitions(key) == {_DAY}}
+
+    def report(self, *names: str) -> None:
+        for name in names:
+            self._instance.report_runless_asset_event(dg.AssetMaterialization(name, partition=_DAY))
+
+
+@pytest.fixture
+def ticks() -> Iterator[_Ticks]:
+    with dg.instance_for_test() as instance:
+        ticks = _Ticks(instance)
+        ticks.next()
+        yield ticks
+
+
+def test_raw_bars_of_any_day_ask_for_the_days_datasets_once(ticks: _Ticks) -> None:
+    ticks.report("raw_bars")
+    assert ticks.next() == _FIVE
+    ticks.report(*_FIVE)
+    assert ticks.next() == set()
+    assert ticks.next() == set()
+
+
+def test_raw_bars_that_come_while_the_day_is_being_made_ask_for_it_again(ticks: _Ticks) -> None:
+    ticks.report("raw_bars")
+    assert ticks.next() == _FIVE
+    ticks.report("raw_bars", *sorted(_FIVE))
+    assert "normalized_bars" in ticks.next()
