@@ -127,7 +127,7 @@ def permanent_fault(error: BaseException, uri: str) -> LakeError | None:
         return LakeError(f"{uri} does not exist. Create the bucket or correct LAKE_URI. ({brief(error)})")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
         return LakeError(
-            f"{uri} refuses these credentials. Check AWS_* and that they may get, put, list and delete objects there. "
+            f"{uri} refuses these credentials. Check AWS_* and that they may get, put and list objects there. "
             f"({brief(error)})"
         )
     return None
