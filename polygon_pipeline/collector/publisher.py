@@ -200,10 +200,11 @@ class Publisher:
         if not self._lake.is_s3:
             os.sync()  # the local store does not sync what it writes, and now the journal's copy goes
         self._save(_State(number + 1, 0, 0, account))
-        self._journal.path(number).unlink()
+        # The next segment's archive starts empty, even if removing this one should fail.
         self._lines.clear()
         self._quarantine.clear()
         self.segments_published += 1
+        self._journal.path(number).unlink()
 
     def _save(self, state: _State) -> None:
         write_atomically(self._state_path, msgspec.json.encode(state))

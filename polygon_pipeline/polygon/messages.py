@@ -104,11 +104,7 @@ def decode_frame(payload: bytes, received_at: datetime) -> Frame:
     """
     try:
         events = _decode_events(payload)
-        # The decoder leaves the text of fields it does not need unread, and readers of the archive would stumble.
-        if not payload.isascii():
-            payload.decode()
-        if b"\\u" in payload:
-            msgspec.json.decode(payload)
+        _check_text(payload)
     except _UNDECODABLE:
         return _decode_piecemeal(payload, received_at)
     bars: list[tuple[Channel, Bar]] = []
@@ -150,9 +146,7 @@ def _decode_piecemeal(payload: bytes, received_at: datetime | None) -> Frame:
     for index, raw in enumerate(parts):
         part = bytes(raw)
         try:
-            part.decode()
-            if b"\\u" in part:
-                msgspec.json.decode(part)
+            _check_text(part)
             kind = _decode_kind(part).ev
             if kind not in _KNOWN_KINDS:
                 other.append(kind)
@@ -165,6 +159,15 @@ def _decode_piecemeal(payload: bytes, received_at: datetime | None) -> Frame:
         except _UNDECODABLE as error:
             refused.append(Refusal(None if is_object else index, part, str(error)))
     return Frame(bars, statuses, other, refused)
+
+
+def _check_text(content: bytes) -> None:
+    """Raises for text that is not Unicode: the decoder leaves the fields it does not need unread, and readers of the
+    archive would stumble over them."""
+    if not content.isascii():
+        content.decode()
+    if b"\\u" in content:  # an escape may be half of a character
+        msgspec.json.decode(content)
 
 
 def _bar(event: _Aggregate, received_at: datetime) -> tuple[Channel, Bar]:
