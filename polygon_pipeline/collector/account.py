@@ -74,7 +74,7 @@ class Account(msgspec.Struct):
     def add_frame(self, frame: Frame, received_at: datetime) -> None:
         self.frames += 1
         self.events += frame.events
-        self.bars += len(frame.bars)
+        self.bars += len(frame.aggregates)
         self.statuses += len(frame.statuses)
         self.quarantined += len(frame.refused)
         for kind in frame.other:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import date
+from typing import NamedTuple
 
 import msgspec
 import obstore
@@ -38,7 +39,6 @@ BATCH_BYTES = 4 * 1024 * 1024
 # Tries at one object before the batch's rest is tried later: a connection that breaks now and then is no outage.
 _OBJECT_TRIES = 3
 
-_Batch = list[tuple[Record, Frame | None]]
 _BarKey = tuple[Channel, date, str, int]
 
 _decode_event = msgspec.json.Decoder(ConnectionEvent).decode
@@ -52,6 +52,16 @@ class _State(msgspec.Struct):
     start: int = 0
     end: int = 0
     account: Account = msgspec.field(default_factory=Account)
+
+
+class _Taken(NamedTuple):
+    """A record as read. frame: None of a connection event. days: the dates it has bars of, counted by channel.
+    bars: only where objects are written, because making them costs more than everything else."""
+
+    record: Record
+    frame: Frame | None
+    days: Counter[tuple[date, Channel]]
+    bars: list[tuple[Channel, Bar]]
 
 
 class Publisher:
@@ -110,59 +120,68 @@ class Publisher:
             if number < self._state.segment:  # published; the crash came before it was deleted
                 self._journal.path(number).unlink()
         if self._state.end:
-            for record, frame in self._read(0, self._state.end):
-                self._keep_lines(record, frame)
-                if record.end > self._state.start:
-                    self._keep_objects(record, frame)
+            for taken in self._read(0, self._state.end):
+                self._keep_lines(taken)
+                if taken.record.end > self._state.start:
+                    self._keep_objects(taken)
 
     def _take_batch(self, end: int) -> None:
         """Reads and counts the next records, and leaves their objects pending."""
         start = self._state.end
-        batch: _Batch = []
-        for record, frame in self._read(start, end):
-            batch.append((record, frame))
-            end = record.end
+        batch: list[_Taken] = []
+        for taken in self._read(start, end):
+            batch.append(taken)
+            end = taken.record.end
             if end - start >= self._batch_bytes:
                 break
-        if self._header.write_objects:
-            self._known.load({(channel, session_date(bar.start_ms)) for channel, bar in _bars(batch)})
         account = msgspec.json.decode(msgspec.json.encode(self.account), type=Account)
-        for record, frame in batch:
+        for record, frame, days, _ in batch:
             if frame is None:
                 account.add_event(_decode_event(record.payload), record.received_at)
-            else:
-                account.add_frame(frame, record.received_at)
-        fresh = self._count_bars(batch, account)
+                continue
+            account.add_frame(frame, record.received_at)
+            self.tickers.update([aggregate.sym for aggregate in frame.aggregates])
+            for (day, channel), count in days.items():
+                account.day(day, channel).bars += count
+        fresh = self._count_objects(batch, account)
         self._save(_State(self._state.segment, start, end, account))
         # Only now, because until it is saved a batch may be taken again.
         self._known.update(fresh)
-        for record, frame in batch:
-            self._keep_lines(record, frame)
-            self._keep_objects(record, frame)
+        for taken in batch:
+            self._keep_lines(taken)
+            self._keep_objects(taken)
 
-    def _count_bars(self, batch: _Batch, account: Account) -> set[_BarKey]:
-        """Counts a batch's bars by day, and returns those that the lake does not know."""
+    def _count_objects(self, batch: list[_Taken], account: Account) -> set[_BarKey]:
+        """Counts a batch's new objects and revisions, and returns the bars that the lake does not know."""
         fresh: set[_BarKey] = set()
-        for channel, bar in _bars(batch):
-            day = session_date(bar.start_ms)
-            count = account.day(day, channel)
-            count.bars += 1
-            self.tickers.add(bar.ticker)
-            if self._header.write_objects:
+        if not self._header.write_objects:
+            return fresh
+        self._known.load({(channel, day) for taken in batch for day, channel in taken.days})
+        for taken in batch:
+            for channel, bar in taken.bars:
+                day = session_date(bar.start_ms)
                 key = (channel, day, bar.ticker, bar.start_ms)
                 if key in fresh or key in self._known:
-                    count.revisions += 1
+                    account.day(day, channel).revisions += 1
                 else:
-                    count.objects += 1
+                    account.day(day, channel).objects += 1
                     fresh.add(key)
         return fresh
 
-    def _read(self, start: int, end: int) -> Iterator[tuple[Record, Frame | None]]:
+    def _read(self, start: int, end: int) -> Iterator[_Taken]:
         for record in self._journal.read(self._state.segment, start, end):
-            yield record, decode_frame(record.payload, record.received_at) if record.kind is Kind.FRAME else None
+            if record.kind is Kind.EVENT:
+                yield _Taken(record, None, Counter(), [])
+                continue
+            frame = decode_frame(record.payload, record.received_at)
+            days: Counter[tuple[date, Channel]] = Counter()
+            for (channel, start_ms), count in frame.starts.items():
+                days[session_date(start_ms), channel] += count
+            yield _Taken(record, frame, days, frame.bars if self._header.write_objects else [])
 
-    def _keep_lines(self, record: Record, frame: Frame | None) -> None:
+    def _keep_lines(self, taken: _Taken) -> None:
         """Adds a record to the archive of every day it has bars of, else to the run's own day."""
+        record, frame = taken.record, taken.frame
         if frame is None:
             if self._header.write_frames:
                 self._lines[self._header.session_date].append(frames.event_line(record.received_at, record.payload))
@@ -173,15 +192,13 @@ class Publisher:
             return
         line = _archive_line(record, frame)
         if line is not None:
-            days = {session_date(bar.start_ms) for _, bar in frame.bars} or {self._header.session_date}
-            for day in days:
+            for day in {day for day, _ in taken.days} or {self._header.session_date}:
                 self._lines[day].append(line)
 
-    def _keep_objects(self, record: Record, frame: Frame | None) -> None:
-        if self._header.write_objects and frame:
-            for channel, bar in frame.bars:
-                key = layout.raw_key(channel, session_date(bar.start_ms), bar.ticker, bar.start_ms)
-                self._pending[key] = encode_record(bar, record.received_at)  # a later revision takes the place
+    def _keep_objects(self, taken: _Taken) -> None:
+        for channel, bar in taken.bars:
+            key = layout.raw_key(channel, session_date(bar.start_ms), bar.ticker, bar.start_ms)
+            self._pending[key] = encode_record(bar, taken.record.received_at)  # a later revision takes the place
 
     def _archive_segment(self) -> None:
         """Puts a finished segment's frames and quarantine and the ledger, and deletes the segment."""
@@ -268,12 +285,6 @@ class _KnownObjects:
     def update(self, keys: set[_BarKey]) -> None:
         for channel, day, ticker, start_ms in keys:
             self._days[channel, day][ticker].add(start_ms)
-
-
-def _bars(batch: _Batch) -> Iterator[tuple[Channel, Bar]]:
-    for _, frame in batch:
-        if frame:
-            yield from frame.bars
 
 
 def _archive_line(record: Record, frame: Frame) -> bytes | None:

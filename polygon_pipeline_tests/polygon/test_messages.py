@@ -70,7 +70,8 @@ def refusal(**fields: object) -> str:
 def test_the_genuine_frame_is_one_second_bar() -> None:
     received_at = datetime(2026, 9, 8, 13, 50, 44, tzinfo=UTC)
     bar = Bar("FCX", 1788877043000, 78.1, 78.125, 78.07, 78.08, 4989, 78.0894)
-    assert decode_frame(GENUINE, received_at) == Frame([(Channel.SECOND, bar)], [])
+    frame = decode_frame(GENUINE, received_at)
+    assert (frame.bars, frame.events) == ([(Channel.SECOND, bar)], 1)
 
 
 def test_the_documented_sample_is_one_minute_bar_though_it_is_a_bare_object() -> None:
@@ -294,6 +295,12 @@ def test_a_lone_surrogate_or_nan_makes_no_bar_and_is_kept_verbatim(bad: bytes) -
     assert frame.events == 1
     [refused] = frame.refused
     assert refused.raw in (payload, bad)
+
+
+def test_a_volume_that_reads_as_two_is_refused_among_fractional_ones() -> None:
+    frame = decode(event(dv="1.5"), event(dv="1,5"), event(dv="2.5"))
+    assert [bar.volume for _, bar in frame.bars] == [1.5, 2.5]
+    assert [refused.position for refused in frame.refused] == [1]
 
 
 def test_a_volume_of_four_hundred_digits_is_refused() -> None:
