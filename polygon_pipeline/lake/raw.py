@@ -39,32 +39,35 @@ def normalize_day(lake: Lake, day: date, channel: Channel, target: Path, folder:
     with Normalization(day, channel, folder) as normalization:
         files = _fetch_frames(lake, day, folder)
         raw.frame_files = len(files)
-        for file, fault in normalization.add_frames(list(files)).items():
-            raw.unreadable[files[file]] = fault
+        normalization.add_frames(list(files))
         keys = {bar: key for key in lake.keys(layout.raw_prefix(channel, day)) if (bar := layout.parse_raw_key(key))}
         uncovered = [keys[bar] for bar in normalization.uncovered(keys)]
         if uncovered:
             records = folder / "records.jsonl"
             raw.records = _fetch_records(lake, uncovered, day, records, raw.unreadable)
             normalization.add_records(records)
+        failure: NoBars | None = None
         try:
             normalization.write(target)
         except NoBars as error:
-            if raw.unreadable:
-                key, fault = next(iter(raw.unreadable.items()))
-                raise NoBars(
-                    f"{error} that can be read; {len(raw.unreadable)} cannot, such as {key}: {fault}"
-                ) from error
-            raise
+            failure = error
+        raw.unreadable |= {files[file]: fault for file, fault in normalization.unreadable.items()}
+    if failure and raw.unreadable:
+        key, fault = next(iter(raw.unreadable.items()))
+        raise NoBars(f"{failure} that can be read; {len(raw.unreadable)} cannot, such as {key}: {fault}") from failure
+    if failure:
+        raise failure
     return raw
 
 
 def _fetch_frames(lake: Lake, day: date, folder: Path) -> dict[Path, str]:
-    """Fetches the day's raw-frames; returns their keys by local file."""
-    keys = {folder / f"{number:06d}.jsonl.zst": key for number, key in enumerate(lake.keys(layout.frames_prefix(day)))}
-    paths = {key: path for path, key in keys.items()}
-    lake.get_many(list(paths), lambda key, content: paths[key].write_bytes(content))
-    return keys
+    """Fetches the day's raw-frames, which a local lake has where they are; returns their keys by local file."""
+    keys = lake.keys(layout.frames_prefix(day))
+    if not lake.is_s3:
+        return {lake.local_root / key: key for key in keys}
+    paths = {key: folder / f"{number:06d}.jsonl.zst" for number, key in enumerate(keys)}
+    lake.get_many(keys, lambda key, content: paths[key].write_bytes(content))
+    return {path: key for key, path in paths.items()}
 
 
 def _fetch_records(lake: Lake, keys: list[str], day: date, target: Path, unreadable: dict[str, str]) -> int:

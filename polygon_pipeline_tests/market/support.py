@@ -116,11 +116,12 @@ def normalized_file(
         paths[-1].write_bytes(frames.compress(lines))
     target = folder / "normalized.parquet"
     with Normalization(day, channel, folder) as normalization:
-        assert normalization.add_frames(paths) == {}
+        normalization.add_frames(paths)
         if records:
             (folder / "records.jsonl").write_bytes(records)
             normalization.add_records(folder / "records.jsonl")
         normalization.write(target)
+        assert normalization.unreadable == {}
     return target
 
 
