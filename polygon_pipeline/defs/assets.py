@@ -99,18 +99,15 @@ def normalized_second_bars(context: dg.AssetExecutionContext, lake: LakeResource
 def derived_bars(
     context: dg.AssetExecutionContext, lake: LakeResource, normalized_bars: Path
 ) -> Iterator[dg.Output[Path]]:
-    """One step for all four, so that a day is fetched once."""
-    from polygon_pipeline.market import transform
+    """One step for all four, so that a day is fetched and scanned once."""
+    from polygon_pipeline.market.transform import Derivation
 
-    day = date.fromisoformat(context.partition_key)
-    for name in sorted(context.op_execution_context.selected_output_names):
-        folder = lake.scratch()
-        target = folder / f"{name}.parquet"
-        if name == "daily_bars":
-            transform.daily(day, normalized_bars, target, folder)
-        else:
-            transform.resample(name, normalized_bars, target, folder)
-        yield dg.Output(target, output_name=name)
+    folder = lake.scratch()
+    with Derivation(date.fromisoformat(context.partition_key), normalized_bars, folder) as derivation:
+        for name in sorted(context.op_execution_context.selected_output_names):
+            target = folder / f"{name}.parquet"
+            derivation.write(name, target)
+            yield dg.Output(target, output_name=name)
 
 
 def _normalize(context: dg.AssetExecutionContext, lake: LakeResource, channel: Channel) -> Path:

@@ -10,9 +10,9 @@ and sums are exact decimals, because adding floats in whatever order threads fin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,13 +26,11 @@ from polygon_pipeline.market.calendar import day_bounds_ms, session
 if TYPE_CHECKING:
     import pyarrow as pa
 
-RESAMPLINGS = {"bars_5m": "5 minutes", "bars_15m": "15 minutes", "bars_1h": "1 hour"}
-
 # Leaves room for Python and Arrow below 2 GB; beyond it DuckDB uses the disk.
 _MEMORY_LIMIT = "1GB"
 _THREADS = 2
 
-_PARQUET = "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880)"
+_PARQUET = "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE 122880)"
 
 # The vendor's fields that a row is made of. Whether an event is acceptable was decided when it was received.
 _EVENT = {
@@ -108,13 +106,15 @@ _READ_RECORDS = """
     WHERE epoch_ms(timestamp) >= $first_ms AND epoch_ms(timestamp) < $after_ms
 """
 
+_SESSION = "CASE WHEN {start_ms} < $open_ms THEN 'pre' WHEN {start_ms} < $close_ms THEN 'regular' ELSE 'post' END"
+
 _NORMALIZED = """
     SELECT
         ticker,
         to_timestamp(start_ms / 1000) AS timestamp,
         open, high, low, close, volume, vwap, day_open, day_volume, day_vwap, average_trade_size, otc,
         CAST(NULL AS BIGINT) AS transactions,
-        CASE WHEN start_ms < $open_ms THEN 'pre' WHEN start_ms < $close_ms THEN 'regular' ELSE 'post' END AS session,
+        {session} AS session,
         revisions,
         received_at,
         'websocket' AS source
@@ -124,51 +124,97 @@ _NORMALIZED = """
     ORDER BY ticker, start_ms
 """
 
-_SUM_VOLUME = "CAST(sum(CAST(volume AS DECIMAL(38, 6))) {where} AS DOUBLE)"
-_VWAP = """
-    CAST(sum(CAST(vwap * volume AS DECIMAL(38, 10))) {where} AS DOUBLE)
-        / nullif(CAST(sum(CAST(CASE WHEN vwap IS NOT NULL THEN volume END AS DECIMAL(38, 6))) {where} AS DOUBLE), 0)
+_FIVE_MINUTES_US = 300_000_000
+
+# One scan of the minutes for all that is made of them. Five minutes divide every other interval and every part of the
+# day, so a bucket lies in one part only. The buckets are grouped by a number, as time_bucket takes twice as long.
+_BUCKETS = f"""
+    CREATE TEMP TABLE buckets AS
+    SELECT
+        * EXCLUDE (bucket, unpriced_shares),
+        make_timestamptz(bucket * {_FIVE_MINUTES_US}) AS timestamp,
+        shares - coalesce(unpriced_shares, 0) AS priced_shares,
+        {_SESSION.format(start_ms=f"(bucket * {_FIVE_MINUTES_US // 1000})")} AS session
+    FROM (
+        SELECT
+            ticker,
+            epoch_us(timestamp) // {_FIVE_MINUTES_US} AS bucket,
+            arg_min(open, timestamp) AS open,
+            max(high) AS high,
+            min(low) AS low,
+            arg_max(close, timestamp) AS close,
+            sum(CAST(volume AS DECIMAL(38, 6))) AS shares,
+            sum(CAST(vwap * volume AS DECIMAL(38, 10))) AS turnover,
+            sum(CAST(volume AS DECIMAL(38, 6))) FILTER (WHERE vwap IS NULL) AS unpriced_shares,
+            count(*) AS bar_count,
+            min(timestamp) AS first_bar,
+            max(timestamp) AS last_bar
+        FROM normalized
+        GROUP BY ticker, bucket
+    )
+    ORDER BY ticker, bucket
 """
+
+_BARS_5M = """
+    SELECT
+        ticker, timestamp, open, high, low, close, CAST(shares AS DOUBLE) AS volume,
+        CAST(turnover AS DOUBLE) / nullif(CAST(priced_shares AS DOUBLE), 0) AS vwap, bar_count, session
+    FROM buckets
+"""
+
+_VWAP = "CAST(sum(turnover) {where} AS DOUBLE) / nullif(CAST(sum(priced_shares) {where} AS DOUBLE), 0)"
 
 _RESAMPLE = f"""
     SELECT
         ticker,
         time_bucket(INTERVAL '{{interval}}', timestamp) AS timestamp,
-        arg_min(open, normalized.timestamp) AS open,
+        arg_min(open, first_bar) AS open,
         max(high) AS high,
         min(low) AS low,
-        arg_max(close, normalized.timestamp) AS close,
-        {_SUM_VOLUME.format(where="")} AS volume,
+        arg_max(close, first_bar) AS close,
+        CAST(sum(shares) AS DOUBLE) AS volume,
         {_VWAP.format(where="")} AS vwap,
-        count(*) AS bar_count,
-        arg_min(session, normalized.timestamp) AS session
-    FROM normalized
+        CAST(sum(bar_count) AS BIGINT) AS bar_count,
+        arg_min(session, first_bar) AS session
+    FROM buckets
     GROUP BY ticker, time_bucket(INTERVAL '{{interval}}', timestamp)
     ORDER BY ticker, timestamp
 """
 
+_SHARES_OF = "coalesce(CAST(sum(shares) FILTER (WHERE session = '{part}') AS DOUBLE), 0)"
 _REGULAR = "FILTER (WHERE session = 'regular')"
 _DAILY = f"""
     SELECT
         ticker,
         $day AS date,
-        arg_min(open, timestamp) {_REGULAR} AS open,
+        arg_min(open, first_bar) {_REGULAR} AS open,
         max(high) {_REGULAR} AS high,
         min(low) {_REGULAR} AS low,
-        arg_max(close, timestamp) {_REGULAR} AS close,
-        coalesce({_SUM_VOLUME.format(where=_REGULAR)}, 0) AS volume,
+        arg_max(close, first_bar) {_REGULAR} AS close,
+        {_SHARES_OF.format(part="regular")} AS volume,
         {_VWAP.format(where=_REGULAR)} AS vwap,
-        coalesce({_SUM_VOLUME.format(where="FILTER (WHERE session = 'pre')")}, 0) AS pre_market_volume,
-        coalesce({_SUM_VOLUME.format(where="FILTER (WHERE session = 'post')")}, 0) AS after_hours_volume,
-        count(*) {_REGULAR} AS bar_count,
-        min(timestamp) {_REGULAR} AS first_bar,
-        max(timestamp) {_REGULAR} AS last_bar,
-        arg_max(day_open, timestamp) FILTER (WHERE day_open IS NOT NULL) AS official_open
-    FROM normalized
+        {_SHARES_OF.format(part="pre")} AS pre_market_volume,
+        {_SHARES_OF.format(part="post")} AS after_hours_volume,
+        CAST(coalesce(sum(bar_count) {_REGULAR}, 0) AS BIGINT) AS bar_count,
+        min(first_bar) {_REGULAR} AS first_bar,
+        max(last_bar) {_REGULAR} AS last_bar,
+        any_value(official_open) AS official_open
+    FROM buckets LEFT JOIN (
+        SELECT ticker, arg_max(day_open, timestamp) FILTER (WHERE day_open IS NOT NULL) AS official_open
+        FROM normalized
+        GROUP BY ticker
+    ) USING (ticker)
     GROUP BY ticker
     ORDER BY ticker
 """
 
+
+_DERIVED = {
+    "bars_5m": _BARS_5M,
+    "bars_15m": _RESAMPLE.format(interval="15 minutes"),
+    "bars_1h": _RESAMPLE.format(interval="1 hour"),
+    "daily_bars": _DAILY,
+}
 
 # What DuckDB says of a damaged file; running out of memory or disk is not among them.
 _UNREADABLE = (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException)
@@ -240,10 +286,7 @@ class Normalization:
 
     def write(self, target: Path) -> None:
         """Writes the latest revision of every bar, sorted by ticker and time. Raises NoBars if there is none."""
-        found = session(self._day)
-        if found is None:
-            raise NoBars(f"{self._day} is not a trading day")
-        parts = {"open_ms": _ms(found.open), "close_ms": _ms(found.close)}
+        parts = _regular_hours(self._day)
         if not self._has_arrivals and self._waiting:
             # Everything in one statement, without a table between: a third less time, and less memory.
             with contextlib.suppress(*_UNREADABLE):
@@ -253,7 +296,12 @@ class Normalization:
         self._write("arrivals", target, parts)
 
     def _write(self, arrivals: str, target: Path, parameters: Mapping[str, object]) -> None:
-        if not _copy(self._connection, _NORMALIZED.format(arrivals=arrivals), target, parameters):
+        if not _copy(
+            self._connection,
+            _NORMALIZED.format(arrivals=arrivals, session=_SESSION.format(start_ms="start_ms")),
+            target,
+            parameters,
+        ):
             target.unlink()
             raise NoBars(f"there are no raw bars of {self._day}")
 
@@ -304,16 +352,31 @@ def _decompression_fault(file: Path) -> str | None:
     return None
 
 
-def resample(name: str, normalized: pa.Table | Path, target: Path, folder: Path) -> None:
-    """Writes bars_5m, bars_15m or bars_1h (RESAMPLINGS) of normalized minute bars."""
-    with _reading(normalized, folder) as connection:
-        _copy(connection, _RESAMPLE.format(interval=RESAMPLINGS[name]), target)
+class Derivation:
+    """One day's normalized minute bars (a table or a Parquet file), scanned once for all that is made of them.
 
+    A context manager. folder: an empty local folder for what does not fit into memory. Raises NoBars for a day that
+    is no trading day.
+    """
 
-def daily(day: date, normalized: pa.Table | Path, target: Path, folder: Path) -> None:
-    """Writes a row a ticker of one day's normalized minute bars."""
-    with _reading(normalized, folder) as connection:
-        _copy(connection, _DAILY, target, {"day": day})
+    def __init__(self, day: date, normalized: pa.Table | Path, folder: Path) -> None:
+        self._day = day
+        self._connection = _connect(folder)
+        if isinstance(normalized, Path):
+            self._connection.read_parquet(str(normalized)).create_view("normalized")
+        else:
+            self._connection.register("normalized", normalized)
+        self._connection.execute(_BUCKETS, _regular_hours(day))
+
+    def __enter__(self) -> Derivation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._connection.close()
+
+    def write(self, name: str, target: Path) -> None:
+        """Writes bars_5m, bars_15m, bars_1h or daily_bars, sorted by ticker and time."""
+        _copy(self._connection, _DERIVED[name], target, {"day": self._day} if name == "daily_bars" else None)
 
 
 class Description(NamedTuple):
@@ -339,22 +402,20 @@ def describe(file: Path) -> Description:
     return Description(*row)
 
 
+def _regular_hours(day: date) -> dict[str, int]:
+    """The parameters of _SESSION. Raises NoBars for a day that is no trading day."""
+    found = session(day)
+    if found is None:
+        raise NoBars(f"{day} is not a trading day")
+    return {"open_ms": int(found.open.timestamp()) * 1000, "close_ms": int(found.close.timestamp()) * 1000}
+
+
 def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(
         config={"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder / "spill"), "threads": _THREADS}
     )
     connection.execute("SET TimeZone = 'UTC'")
     return connection
-
-
-@contextlib.contextmanager
-def _reading(normalized: pa.Table | Path, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    with _connect(folder) as connection:
-        if isinstance(normalized, Path):
-            connection.read_parquet(str(normalized)).create_view("normalized")
-        else:
-            connection.register("normalized", normalized)
-        yield connection
 
 
 def _copy(
@@ -364,7 +425,3 @@ def _copy(
     path = str(target).replace("'", "''")
     [(rows,)] = connection.execute(f"COPY ({query}) TO '{path}' {_PARQUET}", parameters or {}).fetchall()
     return int(rows)
-
-
-def _ms(moment: datetime) -> int:
-    return int(moment.timestamp()) * 1000

@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -22,14 +22,7 @@ from polygon_pipeline.lake import frames
 from polygon_pipeline.market import schemas
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK, session
-from polygon_pipeline.market.transform import (
-    RESAMPLINGS,
-    NoBars,
-    Normalization,
-    daily,
-    describe,
-    resample,
-)
+from polygon_pipeline.market.transform import Derivation, NoBars, Normalization, describe
 from polygon_pipeline_tests.market.support import (
     ARRIVAL,
     DAY,
@@ -444,16 +437,20 @@ def bar_of(rows: list[Row]) -> Row:
     }
 
 
+def derive(name: str, day: date, source: pa.Table | Path, target: Path, folder: Path) -> None:
+    with Derivation(day, source, folder) as derivation:
+        derivation.write(name, target)
+
+
 def resampled(folder: Path, name: str, source: pa.Table | Path) -> list[Row]:
     target = folder / f"{name}.parquet"
-    resample(name, source, target, folder)
+    derive(name, DAY, source, target, folder)
     assert columns(target) == described(schemas.RESAMPLED_BARS)
     return read(target)
 
 
 @pytest.mark.parametrize(("name", "minutes"), [("bars_5m", 5), ("bars_15m", 15), ("bars_1h", 60)])
 def test_resampled_bars_equal_what_plain_python_makes_of_them(tmp_path: Path, name: str, minutes: int) -> None:
-    assert name in RESAMPLINGS
     rows = random_bars(seed=minutes)
     buckets: dict[tuple[str, datetime], list[Row]] = defaultdict(list)
     for row in rows:
@@ -469,7 +466,7 @@ def test_resampled_bars_equal_what_plain_python_makes_of_them(tmp_path: Path, na
 
 def day_row(folder: Path, day: date, source: pa.Table | Path) -> list[Row]:
     target = folder / "daily.parquet"
-    daily(day, source, target, folder)
+    derive("daily_bars", day, source, target, folder)
     assert columns(target) == described(schemas.DAILY_BARS)
     return read(target)
 
@@ -533,28 +530,20 @@ def test_the_nine_oclock_hour_holds_pre_market_and_regular_bars(tmp_path: Path) 
     ]
 
 
-def resample_to_an_hour(source: pa.Table | Path, target: Path, folder: Path) -> None:
-    resample("bars_1h", source, target, folder)
-
-
-def to_a_day(source: pa.Table | Path, target: Path, folder: Path) -> None:
-    daily(DAY, source, target, folder)
-
-
-@pytest.mark.parametrize("make", [resample_to_an_hour, to_a_day])
+@pytest.mark.parametrize("name", ["bars_1h", "daily_bars"])
 def test_the_same_bars_give_the_same_bytes_in_any_order_and_the_same_rows_from_a_file(
-    tmp_path: Path, make: Callable[[pa.Table | Path, Path, Path], None]
+    tmp_path: Path, name: str
 ) -> None:
     rows = random_bars(seed=3)
     target = tmp_path / "out.parquet"
     seen = set()
     for seed in range(5):
-        make(table(random.Random(seed).sample(rows, len(rows))), target, tmp_path)
+        derive(name, DAY, table(random.Random(seed).sample(rows, len(rows))), target, tmp_path)
         seen.add(target.read_bytes())
     assert len(seen) == 1
     from_a_table = read(target)
     pq.write_table(table(rows), tmp_path / "normalized.parquet")
-    make(tmp_path / "normalized.parquet", target, tmp_path)
+    derive(name, DAY, tmp_path / "normalized.parquet", target, tmp_path)
     assert read(target) == from_a_table
 
 
@@ -566,7 +555,7 @@ def test_the_same_bars_give_the_same_bytes_in_any_order_and_the_same_rows_from_a
         max_size=20,
         unique_by=lambda bar: bar[:2],
     ),
-    st.sampled_from(list(RESAMPLINGS)),
+    st.sampled_from(["bars_5m", "bars_15m", "bars_1h"]),
 )
 def test_no_share_is_lost_between_minutes_buckets_and_days(
     tmp_path_factory: pytest.TempPathFactory, bars: list[tuple[str, int, Decimal, bool]], name: str
@@ -595,7 +584,7 @@ def test_a_description_counts_rows_and_tickers_and_names_the_ends(tmp_path: Path
     assert (described_file.rows, described_file.tickers) == (3, 2)
     assert described_file.first.startswith("2026-01-26 09:00:00")
     assert described_file.last.startswith("2026-01-27 00:59:00")
-    daily(DAY, file, tmp_path / "daily.parquet", tmp_path)
+    derive("daily_bars", DAY, file, tmp_path / "daily.parquet", tmp_path)
     assert describe(tmp_path / "daily.parquet") == (2, 2, "2026-01-26", "2026-01-26")
 
 
