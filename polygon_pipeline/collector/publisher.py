@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, datetime
 from typing import NamedTuple
 
 import msgspec
@@ -30,15 +30,19 @@ from polygon_pipeline.lake.objects import decode_record, encode_record
 from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake, for_each
 from polygon_pipeline.market.bars import Bar, Channel
 from polygon_pipeline.market.calendar import session_date
-from polygon_pipeline.polygon.messages import Frame, decode_frame
+from polygon_pipeline.polygon.messages import Frame, count_by_day, decode_frames
 from polygon_pipeline.polygon.stream import ConnectionEvent
 
 # Read from the journal at once: some 20,000 bars, which bounds both memory and the work repeated after a crash.
 BATCH_BYTES = 4 * 1024 * 1024
 
+# Decoded at once: few enough that what is made of them stays in the processor's cache until they are counted.
+_CHUNK_BYTES = 64 * 1024
+
 # Tries at one object before the batch's rest is tried later: a connection that breaks now and then is no outage.
 _OBJECT_TRIES = 3
 
+_Chunk = list[tuple[Record, Frame | None]]
 _BarKey = tuple[Channel, date, str, int]
 
 _decode_event = msgspec.json.Decoder(ConnectionEvent).decode
@@ -55,12 +59,14 @@ class _State(msgspec.Struct):
 
 
 class _Taken(NamedTuple):
-    """A record as read. frame: None of a connection event. days: the dates it has bars of, counted by channel.
+    """What a record comes to. line: in the archive of days (without any: of the run's own day), where it has one.
     bars: only where objects are written, because making them costs more than everything else."""
 
-    record: Record
-    frame: Frame | None
-    days: Counter[tuple[date, Channel]]
+    end: int
+    received_at: datetime
+    line: bytes | None
+    days: set[date]
+    quarantine: list[bytes]
     bars: list[tuple[Channel, Bar]]
 
 
@@ -120,29 +126,22 @@ class Publisher:
             if number < self._state.segment:  # published; the crash came before it was deleted
                 self._journal.path(number).unlink()
         if self._state.end:
-            for taken in self._read(0, self._state.end):
-                self._keep_lines(taken)
-                if taken.record.end > self._state.start:
-                    self._keep_objects(taken)
+            for chunk in self._read(0, self._state.end):
+                for taken in self._take(chunk):
+                    self._keep_lines(taken)
+                    if taken.end > self._state.start:
+                        self._keep_objects(taken)
 
     def _take_batch(self, end: int) -> None:
         """Reads and counts the next records, and leaves their objects pending."""
         start = self._state.end
         batch: list[_Taken] = []
-        for taken in self._read(start, end):
-            batch.append(taken)
-            end = taken.record.end
+        account = msgspec.json.decode(msgspec.json.encode(self.account), type=Account)
+        for chunk in self._read(start, end):
+            batch += self._take(chunk, account)
+            end = batch[-1].end
             if end - start >= self._batch_bytes:
                 break
-        account = msgspec.json.decode(msgspec.json.encode(self.account), type=Account)
-        for record, frame, days, _ in batch:
-            if frame is None:
-                account.add_event(_decode_event(record.payload), record.received_at)
-                continue
-            account.add_frame(frame, record.received_at)
-            self.tickers.update([aggregate.sym for aggregate in frame.aggregates])
-            for (day, channel), count in days.items():
-                account.day(day, channel).bars += count
         fresh = self._count_objects(batch, account)
         self._save(_State(self._state.segment, start, end, account))
         # Only now, because until it is saved a batch may be taken again.
@@ -151,54 +150,74 @@ class Publisher:
             self._keep_lines(taken)
             self._keep_objects(taken)
 
+    def _read(self, start: int, end: int) -> Iterator[_Chunk]:
+        """The records of the segment under way, some at a time."""
+        records: list[Record] = []
+        for record in self._journal.read(self._state.segment, start, end):
+            records.append(record)
+            if record.end - start >= min(_CHUNK_BYTES, self._batch_bytes):
+                yield _decode(records)
+                records, start = [], record.end
+        if records:
+            yield _decode(records)
+
+    def _take(self, chunk: _Chunk, account: Account | None = None) -> list[_Taken]:
+        """What a chunk's records come to, counted in the account where one is given."""
+        aggregates = [aggregate for _, frame in chunk if frame for aggregate in frame.aggregates]
+        counts = count_by_day(aggregates)
+        if account:
+            self.tickers.update([aggregate.sym for aggregate in aggregates])
+            for (channel, day), count in counts.items():
+                account.day(day, channel).bars += count
+            for record, frame in chunk:
+                if frame is None:
+                    account.add_event(_decode_event(record.payload), record.received_at)
+                else:
+                    account.add_frame(frame, record.received_at)
+        days = {day for _, day in counts}
+        return [self._taken(record, frame, days) for record, frame in chunk]
+
+    def _taken(self, record: Record, frame: Frame | None, days: set[date]) -> _Taken:
+        """days: those of all the chunk's bars, usually one."""
+        at = record.received_at
+        if frame is None:
+            line = frames.event_line(at, record.payload) if self._header.write_frames else None
+            return _Taken(record.end, at, line, set(), [], [])
+        if len(days) > 1 or not frame.aggregates:
+            days = {day for _, day in count_by_day(frame.aggregates)}
+        return _Taken(
+            record.end,
+            at,
+            _archive_line(record, frame) if self._header.write_frames else None,
+            days,
+            [frames.quarantine_line(at, refusal.raw, refusal.reason) for refusal in frame.refused],
+            frame.bars if self._header.write_objects else [],
+        )
+
     def _count_objects(self, batch: list[_Taken], account: Account) -> set[_BarKey]:
         """Counts a batch's new objects and revisions, and returns the bars that the lake does not know."""
+        bars = [(session_date(bar.start_ms), channel, bar) for taken in batch for channel, bar in taken.bars]
+        self._known.load({(channel, day) for day, channel, _ in bars})
         fresh: set[_BarKey] = set()
-        if not self._header.write_objects:
-            return fresh
-        self._known.load({(channel, day) for taken in batch for day, channel in taken.days})
-        for taken in batch:
-            for channel, bar in taken.bars:
-                day = session_date(bar.start_ms)
-                key = (channel, day, bar.ticker, bar.start_ms)
-                if key in fresh or key in self._known:
-                    account.day(day, channel).revisions += 1
-                else:
-                    account.day(day, channel).objects += 1
-                    fresh.add(key)
+        for day, channel, bar in bars:
+            key = (channel, day, bar.ticker, bar.start_ms)
+            if key in fresh or key in self._known:
+                account.day(day, channel).revisions += 1
+            else:
+                account.day(day, channel).objects += 1
+                fresh.add(key)
         return fresh
 
-    def _read(self, start: int, end: int) -> Iterator[_Taken]:
-        for record in self._journal.read(self._state.segment, start, end):
-            if record.kind is Kind.EVENT:
-                yield _Taken(record, None, Counter(), [])
-                continue
-            frame = decode_frame(record.payload, record.received_at)
-            days: Counter[tuple[date, Channel]] = Counter()
-            for (channel, start_ms), count in frame.starts.items():
-                days[session_date(start_ms), channel] += count
-            yield _Taken(record, frame, days, frame.bars if self._header.write_objects else [])
-
     def _keep_lines(self, taken: _Taken) -> None:
-        """Adds a record to the archive of every day it has bars of, else to the run's own day."""
-        record, frame = taken.record, taken.frame
-        if frame is None:
-            if self._header.write_frames:
-                self._lines[self._header.session_date].append(frames.event_line(record.received_at, record.payload))
-            return
-        for refusal in frame.refused:
-            self._quarantine.append(frames.quarantine_line(record.received_at, refusal.raw, refusal.reason))
-        if not self._header.write_frames:
-            return
-        line = _archive_line(record, frame)
-        if line is not None:
-            for day in {day for day, _ in taken.days} or {self._header.session_date}:
-                self._lines[day].append(line)
+        self._quarantine += taken.quarantine
+        if taken.line is not None:
+            for day in taken.days or {self._header.session_date}:
+                self._lines[day].append(taken.line)
 
     def _keep_objects(self, taken: _Taken) -> None:
         for channel, bar in taken.bars:
             key = layout.raw_key(channel, session_date(bar.start_ms), bar.ticker, bar.start_ms)
-            self._pending[key] = encode_record(bar, taken.record.received_at)  # a later revision takes the place
+            self._pending[key] = encode_record(bar, taken.received_at)  # a later revision takes the place
 
     def _archive_segment(self) -> None:
         """Puts a finished segment's frames and quarantine and the ledger, and deletes the segment."""
@@ -285,6 +304,12 @@ class _KnownObjects:
     def update(self, keys: set[_BarKey]) -> None:
         for channel, day, ticker, start_ms in keys:
             self._days[channel, day][ticker].add(start_ms)
+
+
+def _decode(records: list[Record]) -> _Chunk:
+    received = [record for record in records if record.kind is Kind.FRAME]
+    frames = iter(decode_frames([record.payload for record in received], [record.received_at for record in received]))
+    return [(record, next(frames) if record.kind is Kind.FRAME else None) for record in records]
 
 
 def _archive_line(record: Record, frame: Frame) -> bytes | None:

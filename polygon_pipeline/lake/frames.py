@@ -18,7 +18,7 @@ from datetime import datetime
 
 import msgspec
 
-_ZSTD_LEVEL = 3  # 3.5 times smaller at 170 MB/s; higher levels gain little on JSON
+_ZSTD_LEVEL = 1  # 3.4 times smaller at 300 MB/s; level 3 takes half as long again for 3 % less
 
 
 def frame_line(received_at: datetime, payload: bytes, refused: Sequence[int]) -> bytes:
@@ -53,4 +53,4 @@ def compress(lines: Iterable[bytes]) -> bytes:
 
 
 def _stamp(received_at: datetime) -> bytes:
-    return received_at.strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode()
+    return received_at.isoformat(timespec="microseconds")[:26].encode() + b"Z"  # strftime takes five times as long

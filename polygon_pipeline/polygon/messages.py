@@ -13,12 +13,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime
-from typing import NamedTuple
+from datetime import date, datetime
+from itertools import chain
+from typing import Any, NamedTuple
 
 import msgspec
 
 from polygon_pipeline.market.bars import Bar, Channel, shares, ticker_fault, timestamp_fault
+from polygon_pipeline.market.calendar import session_date
 
 
 class Status(msgspec.Struct, frozen=True, tag_field="ev", tag="status"):
@@ -85,12 +87,6 @@ class Frame(NamedTuple):
         return len(self.aggregates) + len(self.statuses) + len(self.other) + len(self.refused)
 
     @property
-    def starts(self) -> Counter[tuple[Channel, int]]:
-        """How many bars there are of each channel and start (Unix ms)."""
-        kinds = Counter([(type(aggregate), aggregate.s) for aggregate in self.aggregates])
-        return Counter({(_CHANNELS[kind], int(start)): count for (kind, start), count in kinds.items()})
-
-    @property
     def bars(self) -> list[tuple[Channel, Bar]]:
         """The bars, in the order of their events. Made anew at every call, because only the objects need them."""
         return [(_CHANNELS[type(aggregate)], _bar(aggregate)) for aggregate in self.aggregates]
@@ -123,21 +119,25 @@ def decode_frame(payload: bytes, received_at: datetime) -> Frame:
 
     Never raises for bad input: what cannot be accepted is in `refused`, verbatim, with a reason.
     """
-    try:
-        events = _decode_events(payload)
-        _check_text(payload)
-    except _UNDECODABLE:
-        return _decode_piecemeal(payload, received_at)
-    aggregates: list[Aggregate] = []
-    statuses: list[Status] = []
-    for event in events:
-        if isinstance(event, Status):
-            statuses.append(event)
-        else:
-            aggregates.append(event)
-    if not _all_sound(aggregates, received_at) and any(_fault(event, received_at) for event in aggregates):
-        return _decode_piecemeal(payload, received_at)
-    return Frame(aggregates, statuses)
+    sound = _decode_sound([payload], received_at)
+    return sound[0] if sound else _decode_piecemeal(payload, received_at)
+
+
+def decode_frames(payloads: Sequence[bytes], received_at: Sequence[datetime]) -> list[Frame]:
+    """Reads many frames, each as decode_frame does. Small ones cost a fifth that way. The times must not decrease."""
+    sound = _decode_sound(payloads, received_at[0]) if payloads else []
+    if sound is not None:
+        return sound
+    return [decode_frame(payload, at) for payload, at in zip(payloads, received_at, strict=True)]
+
+
+def count_by_day(aggregates: Sequence[Aggregate]) -> Counter[tuple[Channel, date]]:
+    """How many bars there are of each channel and session date."""
+    days = {session_date(int(start)) for start in {aggregate.s for aggregate in aggregates}}
+    kinds = set(map(type, aggregates))
+    if len(days) == len(kinds) == 1:  # as nearly always
+        return Counter({(_CHANNELS[kinds.pop()], days.pop()): len(aggregates)})
+    return Counter([(_CHANNELS[type(aggregate)], session_date(int(aggregate.s))) for aggregate in aggregates])
 
 
 def decode_statuses(payload: bytes) -> Sequence[Status]:
@@ -148,6 +148,30 @@ def decode_statuses(payload: bytes) -> Sequence[Status]:
         return [event for event in _decode_events(payload) if isinstance(event, Status)]
     except _UNDECODABLE:
         return _decode_piecemeal(payload, None).statuses
+
+
+def _decode_sound(payloads: Sequence[bytes], received_at: datetime) -> list[Frame] | None:
+    """The frames, where each is an array of statuses and acceptable aggregates and nothing else; None otherwise."""
+    try:
+        frames = [_decode_events(payload) for payload in payloads]
+        _check_text(b"".join(payloads))
+    except _UNDECODABLE:
+        return None
+    events = list(chain.from_iterable(frames))
+    only_aggregates = Status not in set(map(type, events))
+    aggregates: Any = events if only_aggregates else [event for event in events if not isinstance(event, Status)]
+    if not _all_sound(aggregates, received_at) and any(_fault(event, received_at) for event in aggregates):
+        return None
+    if only_aggregates:
+        sound: Any = frames
+        return [Frame(frame) for frame in sound]
+    return [
+        Frame(
+            [event for event in frame if not isinstance(event, Status)],
+            [event for event in frame if isinstance(event, Status)],
+        )
+        for frame in frames
+    ]
 
 
 def _decode_piecemeal(payload: bytes, received_at: datetime | None) -> Frame:

@@ -3,9 +3,9 @@
 Belongs here: connecting, authenticating, subscribing, noticing that a connection is dead, and when to try again.
 Does not belong here: what frames mean beyond their statuses (polygon.messages) and what becomes of them.
 
-The stream only receives: every frame goes to `on_frame` before anything else is done with it, and every change of
-the connection goes to `on_event`. Nothing is replayed by the server after a reconnect, so the time between
-`disconnected` and the next `subscribed` is a gap.
+The stream only receives: every frame goes to `on_frames` before the socket is asked for more, and every change of
+the connection goes to `on_event`, in the order they came. Nothing is replayed by the server after a reconnect, so the
+time between `disconnected` and the next `subscribed` is a gap.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ HANDSHAKE_SECONDS = 20.0
 TOPICS_A_MESSAGE = 500
 # The whole market's minute in one frame is 2.5 MB. What is larger is no frame of this feed, and would fill memory.
 MAX_FRAME_BYTES = 8 * 1024 * 1024
+
+_BUFFER_BYTES = 256 * 1024
+# How often deadlines are looked at while frames come.
+_WATCH_SECONDS = 0.5
 
 _SOCKET_ERRORS = (websocket.WebSocketException, OSError, ValueError)
 
@@ -95,6 +99,7 @@ class _Connection:
     heard: float = field(default_factory=time.monotonic)
     fed: float = field(default_factory=time.monotonic)
     pinged: float = field(default_factory=time.monotonic)
+    watched: float = 0.0
     warning: str | None = None
     evicted: bool = False
 
@@ -107,10 +112,14 @@ class _Disconnected(Exception):
     """The connection is over; the text is its cause."""
 
 
+class _NotKept(Exception):
+    """on_frames failed; its error is the cause. Not to be taken for an error of the socket, in whose midst it comes."""
+
+
 class Stream:
     """Receives frames until `stop` is set; run() blocks, and is meant for a thread of its own.
 
-    topics: subscriptions such as `AM.AAPL` or `AM.*`. on_frame and on_event are called on the stream's thread and
+    topics: subscriptions such as `AM.AAPL` or `AM.*`. on_frames and on_event are called on the stream's thread and
     must be quick; an exception they raise ends the stream. quiet_limit: how many seconds a subscribed connection may
     bring no frame, asked every second; None says that silence is normal now. A list that stays silent is given twice
     the time with every connection, until a frame comes.
@@ -122,7 +131,7 @@ class Stream:
         key: str,
         topics: Sequence[str],
         *,
-        on_frame: Callable[[bytes], None],
+        on_frames: Callable[[Sequence[bytes]], None],
         on_event: Callable[[ConnectionEvent], None],
         stop: threading.Event,
         backoff: Backoff | None = None,
@@ -131,8 +140,9 @@ class Stream:
         self._url = url
         self._key = key
         self._topics = list(topics)
-        self._on_frame = on_frame
+        self._on_frames = on_frames
         self._on_event = on_event
+        self._received: list[bytes] = []
         self._stop = stop
         self._backoff = backoff or Backoff()
         self._quiet_limit = quiet_limit
@@ -140,6 +150,12 @@ class Stream:
 
     def run(self) -> None:
         """Returns when stopped. Raises StreamRefused where trying again cannot help."""
+        try:
+            self._run()
+        except _NotKept as failure:
+            raise failure.__cause__ or failure from None
+
+    def _run(self) -> None:
         while not self._stop.is_set():
             connection = _Connection(unacknowledged=set(self._topics))
             try:
@@ -148,31 +164,33 @@ class Stream:
             except _Disconnected as ended:
                 cause = str(ended)
             except StreamRefused as refusal:
-                self._on_event(ConnectionEvent(EventKind.REFUSED, str(refusal)))
+                self._tell(ConnectionEvent(EventKind.REFUSED, str(refusal)))
                 raise
             if connection.warning:
                 cause = f"{connection.warning}; {cause}"
             if self._stop.is_set():
-                self._on_event(ConnectionEvent(EventKind.DISCONNECTED, cause))
+                self._tell(ConnectionEvent(EventKind.DISCONNECTED, cause))
                 return
             delay = self._backoff.next_delay(connection.live_seconds, connection.evicted)
-            self._on_event(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3)))
+            self._tell(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3)))
             self._stop.wait(delay)
 
     def _serve(self, connection: _Connection) -> None:
         with self._socket() as socket:
             connection.opened = connection.heard = connection.pinged = time.monotonic()
-            self._on_event(ConnectionEvent(EventKind.CONNECTED, "the socket is open"))
+            self._tell(ConnectionEvent(EventKind.CONNECTED, "the socket is open"))
             while not self._stop.is_set():
                 for status in self._receive(socket, connection):
                     self._obey(status, socket, connection)
-                self._watch(socket, connection)
+                if time.monotonic() - connection.watched > _WATCH_SECONDS:
+                    self._watch(socket, connection)
 
     @contextlib.contextmanager
     def _socket(self) -> Iterator[websocket.WebSocket]:
         socket = websocket.WebSocket(skip_utf8_validation=True)  # in pure Python it costs 10 ms a frame
         try:
             _bound_frames(socket)
+            _buffer(socket, self._hand_over)
             try:
                 socket.connect(self._url, timeout=10)
             except _SOCKET_ERRORS as error:
@@ -180,9 +198,12 @@ class Stream:
             socket.settimeout(1)  # so that stop, pings and deadlines are looked at every second
             yield socket
         finally:
-            with contextlib.suppress(websocket.WebSocketException, OSError):
-                socket.close(timeout=1)
-            socket.shutdown()  # after the server's own close frame, close() leaves the descriptor open
+            try:
+                self._hand_over()
+            finally:
+                with contextlib.suppress(websocket.WebSocketException, OSError):
+                    socket.close(timeout=1)
+                socket.shutdown()  # after the server's own close frame, close() leaves the descriptor open
 
     def _receive(self, socket: websocket.WebSocket, connection: _Connection) -> Sequence[Status]:
         """Waits a second at most for a message, hands on a frame, and returns its statuses."""
@@ -194,7 +215,7 @@ class Stream:
             raise _lost(error) from error
         connection.heard = time.monotonic()
         if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
-            self._on_frame(data)
+            self._received.append(data)
             if connection.subscribed:
                 connection.fed = connection.heard
                 self._patience = 1.0
@@ -235,16 +256,29 @@ class Stream:
 
     def _warn(self, status: Status, connection: _Connection) -> None:
         connection.warning = f"the server said {status.status} ({status.message})"
-        self._on_event(ConnectionEvent(EventKind.WARNED, connection.warning))
+        self._tell(ConnectionEvent(EventKind.WARNED, connection.warning))
 
     def _begin(self, connection: _Connection) -> None:
         connection.subscribed = connection.fed = time.monotonic()
         confirmed = len(self._topics) - len(connection.unacknowledged)
-        self._on_event(ConnectionEvent(EventKind.SUBSCRIBED, f"{confirmed} of {len(self._topics)} topics"))
+        self._tell(ConnectionEvent(EventKind.SUBSCRIBED, f"{confirmed} of {len(self._topics)} topics"))
+
+    def _hand_over(self) -> None:
+        """Gives away what was received: many small frames cost the journal little more than one."""
+        received, self._received = self._received, []
+        if received:
+            try:
+                self._on_frames(received)
+            except Exception as error:
+                raise _NotKept from error
+
+    def _tell(self, event: ConnectionEvent) -> None:
+        self._hand_over()
+        self._on_event(event)
 
     def _watch(self, socket: websocket.WebSocket, connection: _Connection) -> None:
         """Pings, and ends a connection that is dead or whose handshake takes too long."""
-        now = time.monotonic()
+        connection.watched = now = time.monotonic()
         if now - connection.heard > SILENCE_SECONDS:
             raise _Disconnected(f"the server sent nothing and answered no ping for {SILENCE_SECONDS:.0f} s")
         if now - connection.pinged > PING_SECONDS:
@@ -262,7 +296,7 @@ class Stream:
                 raise _Disconnected(f"no subscription was acknowledged within {HANDSHAKE_SECONDS:.0f} s")
             # The others flow: leaving them to ask again would cost bars and be answered no better.
             missing = ", ".join(sorted(connection.unacknowledged))
-            self._on_event(ConnectionEvent(EventKind.UNACKNOWLEDGED, f"no answer to the subscription to {missing}"))
+            self._tell(ConnectionEvent(EventKind.UNACKNOWLEDGED, f"no answer to the subscription to {missing}"))
             self._begin(connection)
 
 
@@ -277,6 +311,23 @@ def _bound_frames(socket: websocket.WebSocket) -> None:
             raise _Disconnected(f"the server announced a frame of {buffer.length} bytes, above {MAX_FRAME_BYTES}")
 
     buffer.recv_length = recv_length
+
+
+def _buffer(socket: websocket.WebSocket, before_receiving: Callable[[], None]) -> None:
+    """Takes what has arrived at once: asking the system for every header and length costs more than all the rest, and
+    each time the stream may have to wait its turn behind the thread that publishes."""
+    receive = socket.frame_buffer.recv
+    waiting = memoryview(b"")
+
+    def buffered(size: int) -> bytes:
+        nonlocal waiting
+        if not waiting:
+            before_receiving()
+            waiting = memoryview(receive(_BUFFER_BYTES))
+        taken, waiting = waiting[:size], waiting[size:]
+        return bytes(taken)
+
+    socket.frame_buffer.recv = buffered
 
 
 def _lost(error: Exception) -> _Disconnected:

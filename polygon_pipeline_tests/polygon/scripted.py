@@ -40,7 +40,7 @@ class Watched:
         key: str = KEY,
         backoff: Backoff | None = None,
         quiet_limit: Callable[[], float | None] = lambda: None,
-        on_frame: Callable[[bytes], None] | None = None,
+        on_frames: Callable[[Sequence[bytes]], None] | None = None,
     ) -> None:
         self.events: list[ConnectionEvent] = []
         self.frames: list[bytes] = []
@@ -53,7 +53,7 @@ class Watched:
             server if isinstance(server, str) else server.url,
             key,
             topics,
-            on_frame=on_frame or self._add_frame,
+            on_frames=on_frames or self._add_frames,
             on_event=self._add_event,
             stop=self._stop,
             backoff=backoff,
@@ -104,9 +104,9 @@ class Watched:
         except Exception as error:  # noqa: BLE001 - the test looks at it
             self.error = error
 
-    def _add_frame(self, frame: bytes) -> None:
+    def _add_frames(self, frames: Sequence[bytes]) -> None:
         with self._changed:
-            self.frames.append(frame)
+            self.frames.extend(frames)
             self._changed.notify_all()
 
     def _add_event(self, event: ConnectionEvent) -> None:

@@ -7,7 +7,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -404,10 +404,10 @@ def test_a_frame_is_kept_verbatim_and_whole_however_it_was_cut() -> None:
 
 
 def test_what_a_frame_cannot_be_kept_for_ends_the_stream() -> None:
-    def fail(_: bytes) -> None:
+    def fail(_: Sequence[bytes]) -> None:
         raise OSError("the disk is full")
 
-    with Exchange([], key=KEY) as exchange, Watched(exchange.url, on_frame=fail) as watched:
+    with Exchange([], key=KEY) as exchange, Watched(exchange.url, on_frames=fail) as watched:
         watched.wait_for_end()
     assert isinstance(watched.error, OSError)
     assert str(watched.error) == "the disk is full"

@@ -1,0 +1,84 @@
+"""Runs the benchmarks: `python -m benchmarks [--full] [--write] [NAME …]`.
+
+Without names all of them, small: about five minutes on two cores. `--full` takes the sizes that RESULTS.md reports,
+some half an hour and 20 GB of disk; `--write` writes RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.harness import Run, say
+
+NAMES = ("collecting", "edge", "outage", "normalizing", "objects", "seconds", "derived", "loading", "growth")
+_HERE = Path(__file__).parent
+_LIBRARIES = (
+    "dagster",
+    "duckdb",
+    "obstore",
+    "msgspec",
+    "pyarrow",
+    "websocket-client",
+    "pandas",
+    "polars",
+    "orjson",
+    "boto3",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Compares with what a user would use instead."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all without one")
+    parser.add_argument("--full", action="store_true", help="the whole market's sizes")
+    parser.add_argument("--seed", type=int, default=1, help="of the simulated data")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/RESULTS.md")
+    parser.add_argument("--folder", type=Path, default=Path("var/benchmarks"), help="for the data")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="scratch-") as scratch:
+        reports = _reports(
+            Run(options.full, options.seed, options.folder.resolve(), Path(scratch).resolve()), options.names
+        )
+    if options.write:
+        introduction = (_HERE / "introduction.md").read_text()
+        (_HERE / "RESULTS.md").write_text("\n\n".join([introduction.rstrip(), *reports]) + "\n")
+
+
+def _reports(run: Run, names: Sequence[str]) -> list[str]:
+    reports = [_machine(run)]
+    print(reports[0])
+    for name in names or NAMES:
+        started = time.monotonic()
+        say(f"{name} …")
+        for table in importlib.import_module(f"benchmarks.{name}").benchmark(run):
+            reports.append(table.markdown())
+            print(f"\n{reports[-1]}", flush=True)
+        say(f"{name} took {time.monotonic() - started:.0f} s")
+    return reports
+
+
+def _machine(run: Run) -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    libraries = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+    size = "full" if run.full else "small"
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, {size} size, seed {run.seed}. {os.cpu_count()} cores ({platform.machine()}), "
+        f"{memory:.0f} GB, Linux {platform.release()}, Python {platform.python_version()}; {libraries}."
+    )
+
+
+if __name__ == "__main__":
+    main()
