@@ -4,7 +4,7 @@ SHELL := /bin/sh
 BIN := .venv/bin
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 
-.PHONY: dev test format clean
+.PHONY: dev test bench format clean
 
 # The web UI on http://127.0.0.1:3000, with sensors, schedules and, without POLYGON_API_KEY, the simulated demo.
 dev: $(BIN)/.installed $(DAGSTER_HOME)/dagster.yaml
@@ -16,6 +16,10 @@ test: $(BIN)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+# Some five minutes; `make bench BENCH="--full --write"` writes benchmarks/RESULTS.md, `make bench BENCH=edge` runs one.
+bench: $(BIN)/.installed-bench
+	$(BIN)/python -m benchmarks $(BENCH)
 
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff check --fix
@@ -34,6 +38,10 @@ $(BIN)/.installed: $(BIN)/python pyproject.toml constraints.txt
 
 $(BIN)/.installed-dev: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(BIN)/.installed-bench: $(BIN)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
 $(DAGSTER_HOME)/dagster.yaml: deploy/local/dagster.yaml

@@ -29,10 +29,9 @@ def ours(run: Run, url: str, bars: int) -> Callable[[], Timed]:
     import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
 
     from polygon_pipeline.collector.collector import Collector, Plan, Progress
-    from polygon_pipeline.lake.store import open_lake
 
     folder = Path(tempfile.mkdtemp(dir=run.scratch))
-    lake = open_lake((folder / "lake").as_uri(), lambda: None)  # type: ignore[arg-type, return-value]
+    lake = data.local_lake(folder)
     plan = Plan(
         owner="bench",
         run="bench",
@@ -43,7 +42,7 @@ def ours(run: Run, url: str, bars: int) -> Callable[[], Timed]:
         topics=["AM.*"],
         journal_dir=folder / "journal",
         write_objects=False,
-        checkpoint_seconds=0.25,
+        checkpoint_seconds=1.0,
     )
 
     def work() -> Timed:

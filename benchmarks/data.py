@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.harness import Run, say
 from polygon_pipeline.lake import frames, layout
-from polygon_pipeline.lake.store import Lake, open_lake
+from polygon_pipeline.lake.store import Lake, S3Access, open_lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
@@ -45,11 +45,15 @@ def frames_lake(run: Run, tickers: int, channel: Channel = Channel.MINUTE) -> tu
     """A local lake with a day's raw-frames of so many tickers, and how many bars they hold, revisions included."""
     folder = run.folder / f"frames-{channel}-{tickers}-seed-{run.seed}"
     count = folder / "bars"
-    lake = open_lake((folder / "lake").as_uri(), _no_s3)
+    lake = local_lake(folder)
     if not count.exists():
         say(f"making a day of {channel} frames of {tickers:,} tickers …")
         count.write_text(str(_archive(lake, payloads(tickers, run.seed, channel))))
     return lake, int(count.read_text())
+
+
+def local_lake(folder: Path) -> Lake:
+    return open_lake((folder / "lake").as_uri(), _no_s3)
 
 
 def frame_files(lake: Lake) -> list[Path]:
@@ -78,5 +82,5 @@ def _frame(events: list[Event]) -> tuple[datetime, bytes, int]:
     return arrival, b"[" + b",".join(event.payload for event in events) + b"]", len(events)
 
 
-def _no_s3() -> None:
+def _no_s3() -> S3Access:
     raise NotImplementedError("the benchmarks' data is local")

@@ -12,7 +12,6 @@ import logging
 import math
 import queue
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +113,7 @@ class Collector:
         another collector is at work, and JournalError when the journal cannot be written; what was received until
         then is drained all the same.
         """
-        with _favouring_the_socket():
+        with _rarely_looking_for_cycles():
             return self._run(ending, on_checkpoint)
 
     def _run(self, ending: Callable[[], str | None], on_checkpoint: Callable[[Progress], None]) -> str:
@@ -368,21 +367,18 @@ class Collector:
 
 
 @contextlib.contextmanager
-def _favouring_the_socket() -> Iterator[None]:
-    """While a collector runs, its process is there for it.
+def _rarely_looking_for_cycles() -> Iterator[None]:
+    """While a collector runs, Python looks for cyclic garbage rarely, and only at what is new.
 
-    Python gives the socket's thread a turn only every 5 ms while the publisher computes, and looks for cycles among all
-    the objects of all imports again and again, for 100 ms each time, with every thread waiting. There are no cycles
-    in what a collector makes, so it looks rarely, and at what is new.
+    A collector makes none. Among all the objects of all imports each look takes up to 100 ms, with every thread
+    waiting, the socket's too; and decoding would provoke one every few thousand bars.
     """
-    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
-    sys.setswitchinterval(0.0005)
+    thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
     try:
         yield
     finally:
-        sys.setswitchinterval(interval)
         gc.set_threshold(*thresholds)
         gc.unfreeze()
 

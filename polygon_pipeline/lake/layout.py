@@ -6,7 +6,8 @@ All dates are session dates in New York time, so that one prefix is one daily pa
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
+import re
+from datetime import date, datetime
 
 from polygon_pipeline.market.bars import Channel, iso_seconds
 
@@ -15,6 +16,8 @@ FEED_KEY = "feed.json"
 
 # Who collects into this lake, with its live status.
 LEASE_KEY = "lease.json"
+
+_NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\.json", re.ASCII)
 
 _RAW = {Channel.MINUTE: "raw-data", Channel.SECOND: "raw-data-second"}
 
@@ -31,10 +34,10 @@ def raw_key(channel: Channel, day: date, ticker: str, start_ms: int) -> str:
 def parse_raw_key(key: str) -> tuple[str, int] | None:
     """The ticker and start (Unix ms) a raw-data key names, or None if it is not one."""
     parts = key.split("/")
-    if len(parts) != 4 or not parts[3].endswith(".json"):
+    if len(parts) != 4 or not _NAME.fullmatch(parts[3]):
         return None
     try:
-        start = datetime.strptime(parts[3].removesuffix(".json"), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        start = datetime.fromisoformat(parts[3].removesuffix(".json"))  # strptime takes thirty times as long
     except ValueError:
         return None
     return parts[2], int(start.timestamp()) * 1000

@@ -72,4 +72,4 @@ def _utc(stamp: str) -> datetime:
 
 
 def _iso_milliseconds(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    return moment.isoformat(timespec="milliseconds")[:23] + "Z"

@@ -82,4 +82,4 @@ def shares(value: int | float | str) -> int | float:
 
 def iso_seconds(start_ms: int) -> str:
     """Unix ms as `2026-01-26T18:30:00Z`."""
-    return datetime.fromtimestamp(start_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(start_ms // 1000, UTC).isoformat()[:19] + "Z"

@@ -1,0 +1,88 @@
+"""What Dagster pays before any work: loading the definitions, and a run's fixed cost, beside one empty asset's project.
+
+The rival is a project of one asset that does nothing, with the same Dagster. Each measurement is a fresh process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import data
+from benchmarks.harness import Measured, Run, Table, at_most
+
+_EMPTY = """
+import dagster as dg
+
+@dg.asset(partitions_def=dg.DailyPartitionsDefinition("2026-01-26", end_offset=1))
+def empty() -> None: ...
+
+defs = dg.Definitions([empty])
+"""
+_LOAD = "from {module} import defs; import dagster as dg; dg.Definitions.validate_loadable(defs)"
+_RUN = """
+import dagster as dg
+from {module} import defs
+result = defs.get_implicit_global_asset_job_def().execute_in_process(
+    asset_selection=[dg.AssetKey("{asset}")], partition_key="2026-01-26", instance=dg.DagsterInstance.get())
+assert result.success
+"""
+
+
+def benchmark(run: Run) -> Iterator[Table]:
+    lake, _ = data.frames_lake(run, 1)  # a day so small that only the run itself costs
+    folder = Path(tempfile.mkdtemp(dir=run.scratch))
+    (folder / "empty_project.py").write_text(_EMPTY)
+    (folder / "home").mkdir()
+    (folder / "home" / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}",
+        "DAGSTER_HOME": str(folder / "home"),
+        "LAKE_URI": lake.uri,
+        "PYTHONWARNINGS": "ignore",
+    }
+    repeats = 5
+    ours, empty = "polygon_pipeline.definitions", "empty_project"
+    loads = _contest([_LOAD.format(module=module) for module in (ours, empty)], environment, repeats)
+    yield Table(
+        "loading the definitions in a fresh process",
+        "loads",
+        [("ours", 1, loads[0]), ("one empty asset", 1, loads[1])],
+        [at_most(1.5, loads[0].seconds - loads[1].seconds, "s more than one empty asset")],
+        "importing dagster_aws.s3 (boto3 and its models), which S3Resource needs.",
+    )
+    runs = _contest(
+        [_RUN.format(module=module, asset=asset) for module, asset in ((ours, "normalized_bars"), (empty, "empty"))],
+        environment,
+        repeats,
+    )
+    yield Table(
+        "a run of one asset in a fresh process: a day of a single ticker, beside nothing at all",
+        "runs",
+        [("ours", 1, runs[0]), ("one empty asset", 1, runs[1])],
+        [at_most(1.3, runs[0].seconds / runs[1].seconds, "times one empty asset")],
+        "the same imports again, and DuckDB, obstore and pyarrow's.",
+    )
+
+
+def _contest(programs: list[str], environment: dict[str, str], repeats: int) -> list[Measured]:
+    """Each program's median run, the programs taking turns."""
+    rounds = [[_run(program, environment) for program in programs] for _ in range(repeats)]
+    return [sorted(column, key=lambda measured: measured.seconds)[repeats // 2] for column in zip(*rounds, strict=True)]
+
+
+def _run(program: str, environment: dict[str, str]) -> Measured:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True)
+    seconds = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(seconds, cpu, after.ru_maxrss / 1024, None)
