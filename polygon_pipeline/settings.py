@@ -8,6 +8,7 @@ Without POLYGON_API_KEY the built-in simulator is the feed, and a demo lake belo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -19,6 +20,7 @@ from polygon_pipeline.simulator.tickers import WATCH_LIST
 
 WEBSOCKET_URL = "wss://socket.massive.com/stocks"
 REST_URL = "https://api.massive.com"
+FLAT_FILES_URL = "https://files.massive.com"
 SIMULATOR_KEY = "simulator"
 
 
@@ -28,12 +30,19 @@ class ConfigurationError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """The environment's say. tickers: symbols, or `("*",)` for the whole market."""
+    """The environment's say. tickers: symbols, or `("*",)` for the whole market.
+
+    websocket_url and rest_url: None for the built-in simulator's own. The flat files' three are all set or all None.
+    """
 
     feed: str
     api_key: str = field(repr=False)
     websocket_url: str | None
-    rest_url: str
+    rest_url: str | None
+    rest_requests_per_minute: int
+    flat_files_url: str | None
+    flat_files_key_id: str | None = field(repr=False)
+    flat_files_secret: str | None = field(repr=False)
     tickers: tuple[str, ...]
     channels: tuple[Channel, ...]
     lake_uri: str
@@ -59,10 +68,12 @@ def load(environment: Mapping[str, str]) -> Settings:
     simulated = api_key in ("", SIMULATOR_KEY)
     base = Path("var/demo" if simulated else "var").resolve()
     websocket_url = environment.get("POLYGON_WEBSOCKET_URL") or (None if simulated else WEBSOCKET_URL)
-    rest_url = environment.get("POLYGON_REST_URL") or REST_URL
+    rest_url = environment.get("POLYGON_REST_URL") or (None if simulated else REST_URL)
+    flat_files_url, flat_files_key_id, flat_files_secret = _flat_files(environment)
     if websocket_url:
         require_private("POLYGON_WEBSOCKET_URL", websocket_url, "wss", "ws")
-    require_private("POLYGON_REST_URL", rest_url, "https", "http")
+    if rest_url:
+        require_private("POLYGON_REST_URL", rest_url, "https", "http")
     lake_uri = environment.get("LAKE_URI") or (base / "lake").as_uri()
     if lake_uri.lower().startswith("s3://") and not api_key:
         raise ConfigurationError(
@@ -74,6 +85,10 @@ def load(environment: Mapping[str, str]) -> Settings:
         api_key=api_key or SIMULATOR_KEY,
         websocket_url=websocket_url,
         rest_url=rest_url,
+        rest_requests_per_minute=parse_requests(environment.get("POLYGON_REST_REQUESTS_PER_MINUTE") or "5"),
+        flat_files_url=flat_files_url,
+        flat_files_key_id=flat_files_key_id,
+        flat_files_secret=flat_files_secret,
         tickers=parse_tickers(environment.get("POLYGON_TICKERS", ",".join(WATCH_LIST)).split(",")),
         channels=parse_channels(environment.get("POLYGON_CHANNELS", Channel.MINUTE).split(",")),
         lake_uri=lake_uri,
@@ -100,6 +115,31 @@ def parse_channels(names: list[str]) -> tuple[Channel, ...]:
     if not wanted or any(name not in known for name in wanted):
         raise ConfigurationError(f"POLYGON_CHANNELS is {','.join(names)!r}; it must be AM, A or AM,A.")
     return tuple(dict.fromkeys(known[name] for name in wanted))
+
+
+def parse_requests(text: str) -> int:
+    """Requests a minute, up to a hundred a second."""
+    if not (re.fullmatch("[0-9]{1,4}", text.strip()) and 1 <= int(text) <= 6000):
+        raise ConfigurationError(
+            f"POLYGON_REST_REQUESTS_PER_MINUTE is {text!r}; it must be a whole number from 1 to 6000. A free plan "
+            "allows 5, a paid one a hundred a second: 6000."
+        )
+    return int(text)
+
+
+def _flat_files(environment: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:
+    """The flat files' URL, key id and secret."""
+    key_id = environment.get("POLYGON_FLAT_FILES_KEY_ID", "").strip() or None
+    secret = environment.get("POLYGON_FLAT_FILES_SECRET", "").strip() or None
+    url = environment.get("POLYGON_FLAT_FILES_URL") or (FLAT_FILES_URL if key_id else None)
+    if len({bool(url), bool(key_id), bool(secret)}) > 1:
+        raise ConfigurationError(
+            "For flat files both POLYGON_FLAT_FILES_KEY_ID and POLYGON_FLAT_FILES_SECRET must be set, a key pair of "
+            "its own beside the API key; without flat files neither of them, nor POLYGON_FLAT_FILES_URL."
+        )
+    if url:
+        require_private("POLYGON_FLAT_FILES_URL", url, "https", "http")
+    return url, key_id, secret
 
 
 def require_private(variable: str, url: str, secure: str, plain: str) -> None:

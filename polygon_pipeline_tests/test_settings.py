@@ -13,7 +13,9 @@ from polygon_pipeline.market.bars import Channel, ticker_fault
 from polygon_pipeline.settings import ConfigurationError, Settings, load
 
 KEY = "a-very-secret-key"
+SECRET = "another-secret"
 REAL = {"POLYGON_API_KEY": KEY}
+FLAT_FILES = {"POLYGON_FLAT_FILES_KEY_ID": "an-id", "POLYGON_FLAT_FILES_SECRET": SECRET}
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +28,14 @@ def refused(**environment: str) -> str:
     with pytest.raises(ConfigurationError) as error:
         load(REAL | environment)
     assert KEY not in str(error.value)
+    assert SECRET not in str(error.value)
     return str(error.value)
 
 
 def test_without_a_key_the_simulator_feeds_a_demo_lake(tmp_path: Path) -> None:
     found = load({})
     assert (found.feed, found.is_simulated) == ("simulated", True)
-    assert found.websocket_url is None, "the simulator's own, which has no fixed port"
+    assert (found.websocket_url, found.rest_url) == (None, None), "the simulator's own, which have no fixed port"
     assert found.lake_uri == (tmp_path / "var/demo/lake").as_uri()
     assert found.journal_dir == tmp_path / "var/demo/journal"
     assert found.channels == (Channel.MINUTE,)
@@ -63,20 +66,30 @@ def test_the_key_is_not_shown() -> None:
         assert KEY not in shown
 
 
+def test_the_flat_files_secret_is_not_shown() -> None:
+    assert SECRET not in repr(load(REAL | FLAT_FILES))
+
+
 def test_everything_can_be_said(tmp_path: Path) -> None:
     environment = {
         "POLYGON_WEBSOCKET_URL": "wss://delayed.massive.com/stocks",
         "POLYGON_REST_URL": "https://api.polygon.io",
+        "POLYGON_REST_REQUESTS_PER_MINUTE": "6000",
+        "POLYGON_FLAT_FILES_URL": "https://files.polygon.io",
         "POLYGON_TICKERS": "SPY,BRK.B",
         "POLYGON_CHANNELS": "AM,A",
         "LAKE_URI": "s3://bucket/prefix",
         "JOURNAL_DIR": "journal",
     }
-    assert load(REAL | environment) == Settings(
+    assert load(REAL | FLAT_FILES | environment) == Settings(
         feed="polygon",
         api_key=KEY,
         websocket_url="wss://delayed.massive.com/stocks",
         rest_url="https://api.polygon.io",
+        rest_requests_per_minute=6000,
+        flat_files_url="https://files.polygon.io",
+        flat_files_key_id="an-id",
+        flat_files_secret=SECRET,
         tickers=("SPY", "BRK.B"),
         channels=(Channel.MINUTE, Channel.SECOND),
         lake_uri="s3://bucket/prefix",
@@ -84,7 +97,19 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["POLYGON_WEBSOCKET_URL", "POLYGON_REST_URL", "LAKE_URI", "JOURNAL_DIR"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "POLYGON_WEBSOCKET_URL",
+        "POLYGON_REST_URL",
+        "POLYGON_REST_REQUESTS_PER_MINUTE",
+        "POLYGON_FLAT_FILES_URL",
+        "POLYGON_FLAT_FILES_KEY_ID",
+        "POLYGON_FLAT_FILES_SECRET",
+        "LAKE_URI",
+        "JOURNAL_DIR",
+    ],
+)
 def test_an_empty_variable_is_an_absent_one(name: str) -> None:
     assert load(REAL | {name: ""}) == load(REAL)
 
@@ -177,6 +202,49 @@ def test_a_url_that_cannot_even_be_split_is_refused_by_its_variables_name(variab
 def test_urls_are_checked_for_the_simulator_too() -> None:
     with pytest.raises(ConfigurationError, match="POLYGON_WEBSOCKET_URL"):
         load({"POLYGON_WEBSOCKET_URL": "ws://socket.massive.com"})
+
+
+# The vendor's history
+
+
+def test_the_free_plans_limit_holds_until_another_is_set() -> None:
+    assert load(REAL).rest_requests_per_minute == 5
+    assert load(REAL | {"POLYGON_REST_REQUESTS_PER_MINUTE": " 100 "}).rest_requests_per_minute == 100
+
+
+@pytest.mark.parametrize("text", ["0", "6001", "-5", "5.0", "five", " ", "٥", "9" * 5000])
+def test_a_limit_that_is_none_is_refused(text: str) -> None:
+    assert refused(POLYGON_REST_REQUESTS_PER_MINUTE=text).startswith("POLYGON_REST_REQUESTS_PER_MINUTE")
+
+
+def test_there_are_no_flat_files_without_their_keys() -> None:
+    found = load(REAL)
+    assert (found.flat_files_url, found.flat_files_key_id, found.flat_files_secret) == (None, None, None)
+
+
+def test_the_flat_files_are_the_vendors_where_only_their_keys_are_set() -> None:
+    found = load(REAL | FLAT_FILES)
+    assert (found.flat_files_url, found.flat_files_key_id) == ("https://files.massive.com", "an-id")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"POLYGON_FLAT_FILES_KEY_ID": "an-id"},
+        {"POLYGON_FLAT_FILES_SECRET": SECRET},
+        {"POLYGON_FLAT_FILES_URL": "https://files.massive.com"},
+        FLAT_FILES | {"POLYGON_FLAT_FILES_SECRET": " "},
+    ],
+)
+def test_flat_files_that_are_half_configured_are_refused(given: dict[str, str]) -> None:
+    message = refused(**given)
+    assert "POLYGON_FLAT_FILES_KEY_ID" in message
+    assert "POLYGON_FLAT_FILES_SECRET" in message
+
+
+def test_the_flat_files_keys_go_over_no_plain_url() -> None:
+    message = refused(**FLAT_FILES, POLYGON_FLAT_FILES_URL="http://files.massive.com")
+    assert message.startswith("POLYGON_FLAT_FILES_URL")
 
 
 # Tickers and channels
