@@ -1,0 +1,24 @@
+"""What can go wrong when the vendor's history is asked for, over REST and as flat files alike.
+
+Belongs here: the three outcomes that callers act on differently. Does not belong here: when each of them is meant.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+
+class HistoryRefused(Exception):
+    """The vendor will not serve this, or not to these credentials: trying again cannot help. Says what to mend."""
+
+
+class HistoryUnavailable(Exception):
+    """The vendor could not be reached or served nothing usable, after all tries: a later run may succeed."""
+
+
+class NotYetPublished(Exception):
+    """The vendor does not have this yet. next_try: when to ask again (aware), or None where nobody can tell."""
+
+    def __init__(self, message: str, next_try: datetime | None = None) -> None:
+        super().__init__(message)
+        self.next_try = next_try

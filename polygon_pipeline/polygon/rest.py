@@ -1,0 +1,292 @@
+"""The vendor's history over REST: minute bars of a ticker, and the tickers that traded on a day.
+
+Belongs here: requests, pages, retries, and what an answer's status means. Does not belong here: how often one may ask
+(polygon.rate_limit), or what becomes of the bars.
+
+The key travels in a header, to the configured server only: a page's `next_url` that leads elsewhere is refused. Every
+request, retries included, takes a turn of the rate limit.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from datetime import UTC, date, datetime
+from typing import Generic, NamedTuple, TypeVar
+from urllib.parse import quote
+
+import msgspec
+import tenacity
+import urllib3
+from tenacity.wait import wait_base
+
+from polygon_pipeline.market.bars import ticker_fault
+from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
+from polygon_pipeline.polygon.rate_limit import RateLimit
+
+T = TypeVar("T")
+
+# Requests in flight where a plan allows hundreds: an answer takes 100 to 200 ms, so that these make a hundred a second.
+CONCURRENCY = 16
+# The most an answer can hold.
+_PAGE_LIMIT = 50_000
+_TIMEOUT = urllib3.Timeout(connect=10, read=30)
+# With the waits below, two minutes: longer than a free plan's window, and than most restarts.
+_TRIES = 8
+_BACKOFF = tenacity.wait_exponential_jitter(initial=1, max=60)
+# A server that wants longer is asked again by a later run.
+_LONGEST_RETRY_AFTER = 300.0
+
+
+class HistoryBar(
+    msgspec.Struct,
+    frozen=True,
+    gc=False,
+    rename={
+        "start_ms": "t",
+        "open": "o",
+        "high": "h",
+        "low": "l",
+        "close": "c",
+        "volume": "v",
+        "vwap": "vw",
+        "transactions": "n",
+    },
+):
+    """One minute of a ticker. start_ms: the window's start, Unix ms. US dollars, unadjusted; volume in shares."""
+
+    start_ms: int
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: float
+    vwap: float | None = None
+    transactions: int | None = None
+
+
+class Page(NamedTuple):
+    """A part of a ticker's bars, oldest first; a ticker has at least one page, which may be empty.
+
+    fetched_at: when the answer was asked for (aware, UTC). The vendor's word is at least as new as that, while a
+    revision that the stream brings during the request may be newer than the answer. is_last: no page follows.
+    """
+
+    ticker: str
+    fetched_at: datetime
+    bars: Sequence[HistoryBar]
+    is_last: bool
+
+
+class _Traded(msgspec.Struct, rename={"ticker": "T"}):
+    """The part of a grouped bar that is used."""
+
+    ticker: str
+
+
+class _Answer(msgspec.Struct, Generic[T]):
+    """results is absent where there are none, next_url on the last page."""
+
+    results: list[T] | None = None
+    next_url: str | None = None
+    status: str = ""
+
+
+class _Complaint(msgspec.Struct):
+    """The vendor's reason for a refusal, under one of two names."""
+
+    message: str = ""
+    error: str = ""
+
+
+class _Passing(Exception):
+    """A fault that may be gone with the next try. pause: the seconds that the server asks for."""
+
+    def __init__(self, cause: str, pause: float = 0.0) -> None:
+        super().__init__(cause)
+        self.pause = pause
+
+
+class RestHistory:
+    """The vendor's REST server. Threads may share it.
+
+    url: https, or loopback. Whatever is asked raises HistoryRefused where asking again cannot help, NotYetPublished for
+    what is not there, and HistoryUnavailable when the tries are used up.
+    """
+
+    def __init__(self, url: str, key: str, limit: RateLimit, *, backoff: wait_base = _BACKOFF) -> None:
+        if not (key.isascii() and key.isprintable()):  # the HTTP library's error would show it
+            raise HistoryRefused("POLYGON_API_KEY has characters that no key has.")
+        self._url = url.rstrip("/")
+        self._key = key
+        self._limit = limit
+        self._backoff = backoff
+        self._pool = urllib3.PoolManager(
+            maxsize=CONCURRENCY,
+            timeout=_TIMEOUT,
+            retries=False,  # redirects are not followed either
+            headers={
+                "Authorization": f"Bearer {key}",
+                "Accept-Encoding": "gzip",
+                "User-Agent": "polygon_pipeline",
+            },
+        )
+
+    def minute_bars(self, ticker: str, first: date | int, last: date | int) -> Iterator[Page]:
+        """The unadjusted minute bars from first to last, both included: New York dates, or Unix ms.
+
+        Raises ValueError for what cannot be a ticker.
+        """
+        return self._pages(ticker, first, last, threading.Event())
+
+    def traded_tickers(self, day: date) -> list[str]:
+        """The tickers that have a daily bar, sorted; empty where the vendor has none for that day."""
+        url = f"{self._url}/v2/aggs/grouped/locale/us/market/stocks/{day}?adjusted=false"
+        _, answer = self._ask(url, _Answer[_Traded], threading.Event())
+        return sorted({row.ticker for row in answer.results or () if not ticker_fault(row.ticker)})
+
+    def fetch_many(
+        self,
+        tickers: Sequence[str],
+        first: date | int,
+        last: date | int,
+        use: Callable[[Page], object],
+        progress: Callable[[int, int, float], object] = lambda done, total, seconds: None,
+    ) -> None:
+        """minute_bars of many tickers, as many at a time as the limit allows. The first error ends all and is raised.
+
+        use: called for every page, one at a time and a ticker's in order, on other threads. progress: called on this
+        thread after each ticker with those done, all, and the seconds left by estimate.
+        """
+        stop, one_at_a_time, began = threading.Event(), threading.Lock(), time.monotonic()
+
+        def fetch(ticker: str) -> None:
+            for page in self._pages(ticker, first, last, stop):
+                with one_at_a_time:
+                    use(page)
+
+        with ThreadPoolExecutor(min(CONCURRENCY, math.ceil(self._limit.a_second))) as threads:
+            try:
+                for done, ended in enumerate(as_completed([threads.submit(fetch, ticker) for ticker in tickers]), 1):
+                    ended.result()
+                    elapsed = time.monotonic() - began
+                    progress(done, len(tickers), seconds_left(done, len(tickers), elapsed, self._limit.a_second))
+            except BaseException:
+                stop.set()
+                threads.shutdown(cancel_futures=True)
+                raise
+
+    def _pages(self, ticker: str, first: date | int, last: date | int, stop: threading.Event) -> Iterator[Page]:
+        if fault := ticker_fault(ticker):
+            raise ValueError(f"{ticker!r} cannot be asked for: {fault}")
+        path = f"/v2/aggs/ticker/{quote(ticker, safe='')}/range/1/minute/{first}/{last}"
+        url: str | None = f"{self._url}{path}?adjusted=false&sort=asc&limit={_PAGE_LIMIT}"
+        asked: set[str] = set()
+        while url:
+            asked.add(url)
+            fetched_at, answer = self._ask(url, _Answer[HistoryBar], stop)
+            url = answer.next_url
+            if url and not url.lower().startswith(_origin(self._url)):
+                raise HistoryRefused(
+                    f"{self._url}{path} goes on at {self._safe(_origin(url))}, which the API key is not sent to. "
+                    "If that is the vendor's, set POLYGON_REST_URL to it."
+                )
+            if url in asked:
+                raise HistoryUnavailable(f"{self._url}{path} goes on with a page that it gave before, without end.")
+            yield Page(ticker, fetched_at, answer.results or (), is_last=not url)
+
+    def _ask(self, url: str, kind: type[_Answer[T]], stop: threading.Event) -> tuple[datetime, _Answer[T]]:
+        """An answer, and when it was asked for."""
+        name = url.partition("?")[0]
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Passing),
+            stop=tenacity.stop_after_attempt(_TRIES),
+            wait=self._pause,
+            sleep=tenacity.sleep_using_event(stop),  # and then the limit raises Stopped
+            reraise=True,
+        )
+        try:
+            asked_at, body = retrying(self._request, url, name, stop)
+        except _Passing as fault:
+            raise HistoryUnavailable(f"{name} failed {_TRIES} times, the last time because {fault}.") from fault
+        try:
+            answer = msgspec.json.decode(body, type=kind)
+        except (ValueError, RecursionError) as error:
+            start = self._safe(body[:200].decode(errors="replace"))
+            raise HistoryUnavailable(
+                f"{name} answered with what cannot be read ({error}). It begins: {start}"
+            ) from None
+        if answer.status == "ERROR":
+            raise HistoryUnavailable(f"{name} answered with an error: {self._reason(body)}.")
+        return asked_at, answer
+
+    def _request(self, url: str, name: str, stop: threading.Event) -> tuple[datetime, bytes]:
+        with self._limit.turn(stop):
+            asked_at = datetime.now(UTC)
+            try:
+                response = self._pool.request("GET", url)
+            except urllib3.exceptions.HTTPError as error:
+                raise _Passing(f"of {type(error).__name__}: {self._safe(str(error))}") from None
+        if response.status == 200:
+            return asked_at, response.data
+        reason = self._reason(response.data)
+        match response.status:
+            case 401:
+                raise HistoryRefused(f"{name} refused the API key ({reason}). Set POLYGON_API_KEY to a valid one.")
+            case 403:
+                raise HistoryRefused(
+                    f"{name} is not in the plan ({reason}). Plans differ in how far back they reach and whether today "
+                    "is included: ask for days that yours covers, or upgrade it."
+                )
+            case 404:
+                raise NotYetPublished(f"{name} is not there ({reason}): not published yet, or not the vendor's URL.")
+            case 408 | 429 | 500 | 502 | 503 | 504 as status:
+                raise _Passing(f"it answered {status} ({reason})", _retry_after(response, name))
+            case status:
+                raise HistoryRefused(f"{name} answered {status} ({reason}). Check POLYGON_REST_URL and what was asked.")
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        fault = state.outcome.exception() if state.outcome else None
+        asked_for = fault.pause if isinstance(fault, _Passing) else 0.0
+        return max(asked_for, self._backoff(state))
+
+    def _reason(self, body: bytes) -> str:
+        """What the vendor says of a refusal; 429 says nothing at all."""
+        reason = body[:300].decode(errors="replace")
+        with suppress(ValueError, RecursionError):
+            complaint = msgspec.json.decode(body, type=_Complaint)
+            reason = complaint.message or complaint.error or reason
+        return self._safe(reason) or "no reason given"
+
+    def _safe(self, text: str) -> str:
+        return text.replace(self._key, "…")
+
+
+def seconds_left(done: int, total: int, elapsed: float, a_second: float) -> float:
+    """How long the rest takes: at the pace so far (elapsed seconds), but no faster than the limit (requests a second).
+
+    The first requests of a small limit come at once, so that the pace alone would promise too much.
+    """
+    rest = total - done
+    return max(rest / a_second, rest * elapsed / done if done else 0.0)
+
+
+def _origin(url: str) -> str:
+    """Scheme, host and port, as `https://host/`: what follows the slash can lead nowhere else."""
+    return "/".join(url.lower().split("/")[:3]) + "/"
+
+
+def _retry_after(response: urllib3.BaseHTTPResponse, name: str) -> float:
+    """The seconds that the server asks for."""
+    header = response.headers.get("Retry-After")
+    try:
+        seconds = urllib3.Retry().parse_retry_after(header) if header else 0.0
+    except urllib3.exceptions.InvalidHeader:
+        return 0.0
+    if seconds > _LONGEST_RETRY_AFTER:
+        raise HistoryUnavailable(f"{name} answered {response.status} and asks to be left alone for {seconds:.0f} s.")
+    return seconds

@@ -1,0 +1,146 @@
+"""The limit holds over processes and threads as a server sees it, and no process that dies keeps the others out."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from polygon_pipeline.polygon.rate_limit import RateLimit, Stopped
+from polygon_pipeline.polygon.rest import RestHistory
+from polygon_pipeline_tests.polygon.planned_server import Answer, Request, planned_server
+
+GROUPED = "/v2/aggs/grouped/locale/us/market/stocks/2026-01-26"
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def most_in_a_window(asked: list[Request], seconds: float) -> int:
+    times = sorted(request.at for request in asked)
+    return max(sum(start <= at < start + seconds for at in times) for start in times)
+
+
+def ask(url: str, path: Path, requests: int, per_second: int) -> None:
+    history = RestHistory(url, "key", RateLimit(path, per_second, 1.0))
+    for _ in range(requests):
+        history.traded_tickers(date(2026, 1, 26))
+
+
+def test_three_processes_together_hold_the_limit_in_every_window_that_the_server_sees(
+    tmp_path: Path, say: Callable[[str], None]
+) -> None:
+    with planned_server({GROUPED: [Answer(body={})]}) as server:
+        server.slow = 0.2
+        runs = [SPAWN.Process(target=ask, args=(server.url, tmp_path / "limit", 4, 5)) for _ in range(3)]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+        assert [run.exitcode for run in runs] == [0, 0, 0]
+        assert len(server.asked) == 12
+        most = most_in_a_window(server.asked, 1.0)
+        say(f"rate limit: 12 requests of 3 processes, 5 allowed a second, at most {most} in any second at the server")
+        assert most <= 5
+
+
+def test_threads_of_one_process_hold_the_limit_too(tmp_path: Path) -> None:
+    limit = RateLimit(tmp_path / "limit", 10, 0.3)
+
+    def work(_: int) -> float:
+        with limit.turn(threading.Event()):
+            return time.monotonic()
+
+    with ThreadPoolExecutor(16) as threads:
+        asked = sorted(threads.map(work, range(35)))
+    assert all(asked[n + 10] - asked[n] >= 0.3 for n in range(25))
+
+
+def take_a_turn_and_hang(path: Path, in_turn: Event) -> None:
+    with RateLimit(path, 1, 0.2, in_flight_seconds=0.2).turn(threading.Event()):
+        in_turn.set()
+        time.sleep(600)
+
+
+def lock_the_file_and_hang(path: Path, in_turn: Event) -> None:
+    with RateLimit(path, 1, 0.2)._locked():
+        in_turn.set()
+        time.sleep(600)
+
+
+@pytest.mark.parametrize("hang", [take_a_turn_and_hang, lock_the_file_and_hang])
+def test_a_process_killed_in_the_middle_keeps_nobody_out(hang: Callable[[Path, Event], None], tmp_path: Path) -> None:
+    in_turn = SPAWN.Event()
+    process = SPAWN.Process(target=hang, args=(tmp_path / "limit", in_turn))
+    process.start()
+    assert in_turn.wait(60)
+    process.kill()
+    process.join()
+    with RateLimit(tmp_path / "limit", 1, 0.2).turn(threading.Event()):
+        pass
+
+
+def test_a_turn_under_way_counts_as_taken(tmp_path: Path) -> None:
+    limit, stop = RateLimit(tmp_path / "limit", 1, 0.0), threading.Event()
+    with limit.turn(threading.Event()):
+        threading.Timer(0.1, stop.set).start()
+        with pytest.raises(Stopped), limit.turn(stop):
+            pytest.fail("there was no second turn")
+
+
+def test_who_has_stopped_gets_no_turn(tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped), RateLimit(tmp_path / "limit", 1, 0.1).turn(stop):
+        pytest.fail("there was a turn")
+
+
+def test_an_answer_that_comes_after_its_turn_ran_out_takes_nothing_from_who_has_it_now(tmp_path: Path) -> None:
+    quick = RateLimit(tmp_path / "limit", 1, 0.0, in_flight_seconds=0.05)
+    with quick.turn(threading.Event()):
+        time.sleep(0.1)
+        with RateLimit(tmp_path / "limit", 1, 60.0).turn(threading.Event()):
+            pass
+    after = array("d", (tmp_path / "limit").read_bytes())
+    assert after[0] > time.monotonic() + 50, "the minute's turn is still counted"
+
+
+@pytest.mark.parametrize(
+    "left", [array("d", [1e12] * 5).tobytes(), os.urandom(3), array("d", [float("nan")]).tobytes()]
+)
+def test_what_an_earlier_boot_or_a_cut_write_left_in_the_file_holds_nobody_up(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "limit").write_bytes(left)
+    with RateLimit(tmp_path / "limit", 1, 0.1).turn(threading.Event()):
+        pass
+
+
+def test_two_limits_on_one_file_count_each_others_turns(tmp_path: Path) -> None:
+    small, large = RateLimit(tmp_path / "limit", 1, 60.0), RateLimit(tmp_path / "limit", 100, 1.0)
+    for _ in range(3):
+        with large.turn(threading.Event()):
+            pass
+    stop = threading.Event()
+    threading.Timer(0.1, stop.set).start()
+    with pytest.raises(Stopped), small.turn(stop):
+        pytest.fail("the larger limit's turns were not counted")
+
+
+def test_a_window_that_would_be_taken_for_an_earlier_boots_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="120 s"):
+        RateLimit(tmp_path / "limit", 1, 600.0)
+
+
+@pytest.mark.parametrize(("a_minute", "a_second"), [(5, 5 / 60), (599, 599 / 60), (600, 10), (659, 10), (6000, 100)])
+def test_a_limit_a_minute_is_never_exceeded_by_the_seconds_it_is_spread_over(
+    tmp_path: Path, a_minute: int, a_second: float
+) -> None:
+    found = RateLimit.per_minute(tmp_path / "limit", a_minute)
+    assert found.a_second == pytest.approx(a_second)
+    assert found.a_second * 60 <= a_minute + 1e-9
