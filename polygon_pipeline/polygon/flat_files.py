@@ -1,0 +1,118 @@
+"""The vendor's flat files: every ticker's minute bars of a day, as one compressed CSV in an S3 bucket.
+
+Belongs here: which file is a day's, when it is there, and fetching it once. Does not belong here: the bucket's
+credentials (whoever opens the store has them), and what is in the file.
+
+A published file may be replaced later: its ETag tells, and a file that is the same is not fetched again.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, date, datetime, time, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import obstore
+from obstore.exceptions import BaseError, NotFoundError, NotModifiedError, PermissionDeniedError, UnauthenticatedError
+
+from polygon_pipeline.market.calendar import NEW_YORK
+from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+BUCKET = "flatfiles"
+
+# A file that is late is asked for again this often, and after so long it will not come.
+_LATE_RETRY = timedelta(hours=1)
+_GIVEN_UP_AFTER = timedelta(days=7)
+_NOT_FOUND = (NotFoundError, FileNotFoundError)  # obstore raises Python's own for a missing object
+_FORBIDDEN = (PermissionDeniedError, UnauthenticatedError)
+
+
+class FlatFile(NamedTuple):
+    """A fetched file's identity. last_modified is aware."""
+
+    etag: str | None
+    last_modified: datetime
+
+
+def flat_file_key(day: date) -> str:
+    """Where the minute bars of a trading day are in the bucket."""
+    return f"us_stocks_sip/minute_aggs_v1/{day:%Y/%m}/{day}.csv.gz"
+
+
+def expected_at(day: date) -> datetime:
+    """By when the file of a trading day is published: 11:00 New York time on the next calendar day (aware, UTC)."""
+    return datetime.combine(day + timedelta(days=1), time(11), NEW_YORK).astimezone(UTC)
+
+
+def fetch_flat_file(
+    store: ObjectStore, day: date, target: Path, *, known_etag: str | None, now: datetime
+) -> FlatFile | None:
+    """Writes the file of a day to target, whole or not at all. None: it is still the one with known_etag.
+
+    store: the bucket. Raises NotYetPublished for a file that may still come, HistoryRefused for one that will not or
+    that these credentials may not have, and HistoryUnavailable where the store failed.
+    """
+    key = flat_file_key(day)
+    part = target.with_name(f"{target.name}.part")
+    try:
+        found = obstore.get(store, key, options={"if_none_match": known_etag} if known_etag else None)
+        if known_etag and found.meta["e_tag"] == known_etag:  # not every server heeds the condition
+            return None
+        with part.open("wb") as file:
+            for chunk in found:
+                file.write(chunk)
+        os.replace(part, target)
+        return FlatFile(found.meta["e_tag"], found.meta["last_modified"])
+    except NotModifiedError:
+        return None
+    except _NOT_FOUND as error:
+        raise _absent(day, now) from error
+    except _FORBIDDEN as error:
+        raise _forbidden(store, day, now) from error
+    except BaseError as error:
+        raise _unavailable(key, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _absent(day: date, now: datetime) -> Exception:
+    expected = expected_at(day)
+    if now > expected + _GIVEN_UP_AFTER:
+        return HistoryRefused(
+            f"The vendor has no flat file {flat_file_key(day)}: {day} was no trading day, or it is lost."
+        )
+    by = f"{expected.astimezone(NEW_YORK):%Y-%m-%d %H:%M} New York time"
+    return NotYetPublished(
+        f"The flat file {flat_file_key(day)} is not published yet; it is expected by {by}.",
+        expected if now < expected else now + _LATE_RETRY,
+    )
+
+
+def _forbidden(store: ObjectStore, day: date, now: datetime) -> Exception:
+    """What a 403 means: some buckets answer it for a missing object too, but they say what they list."""
+    key = flat_file_key(day)
+    try:
+        listed = any(meta["path"] == key for page in obstore.list(store, key.rpartition("/")[0]) for meta in page)
+    except BaseError as error:
+        if "403 Forbidden" not in str(error):  # obstore has no class of its own for a forbidden list
+            return _unavailable(key, error)
+        if now < expected_at(day):
+            return _absent(day, now)
+        return HistoryRefused(
+            "The flat files refuse these credentials. Check POLYGON_FLAT_FILES_KEY_ID and POLYGON_FLAT_FILES_SECRET, "
+            f"and that the plan includes flat files. (Asked for {key}.)"
+        )
+    if not listed:
+        return _absent(day, now)
+    return HistoryRefused(
+        f"The plan does not include the flat file {key}, which is there. Plans differ in how far back they reach: ask "
+        "for days that yours covers, or upgrade it."
+    )
+
+
+def _unavailable(key: str, error: BaseError) -> HistoryUnavailable:
+    return HistoryUnavailable(f"The flat file {key} could not be fetched: {str(error).strip().splitlines()[0][:300]}")
