@@ -1,12 +1,12 @@
 """What a feed hands to the exchange, and how an aggregate is spelt on the wire.
 
-Belongs here: the event, and the vendor's names and order of fields. Does not belong here: where events come from
-(synthetic, replay) and how they travel (exchange).
+Belongs here: the event, leaving some out, and the vendor's names and order of fields. Does not belong here: where
+events come from (synthetic, replay) and how they travel (exchange).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -25,6 +25,28 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     channel: Channel
     ticker: str
     payload: bytes
+
+    @property
+    def start_ms(self) -> int:
+        """The start of the bar's window, Unix ms, read from the payload."""
+        return msgspec.json.decode(self.payload, type=_Start).s
+
+
+class _Start(msgspec.Struct):
+    s: int
+
+
+class Omitting:
+    """A feed without the events that `omit` picks: what nobody gets although everybody is connected.
+
+    Omitting(feed, lambda event: (event.ticker, event.start_ms) in lost)
+    """
+
+    def __init__(self, feed: Iterable[Event], omit: Callable[[Event], bool]) -> None:
+        self.feed, self.omit = feed, omit
+
+    def __iter__(self) -> Iterator[Event]:
+        return (event for event in self.feed if not self.omit(event))
 
 
 class Aggregate(msgspec.Struct, gc=False):

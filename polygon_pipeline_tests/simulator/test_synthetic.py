@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.simulator.feed import Omitting
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST, first_tickers
 from polygon_pipeline_tests.simulator.support import DAY, JsonObject
@@ -215,3 +216,13 @@ def test_as_many_tickers_as_asked_for_are_all_different() -> None:
     tickers = first_tickers(11_000)
     assert len(set(tickers)) == 11_000
     assert tickers[: len(WATCH_LIST)] == list(WATCH_LIST)
+
+
+def test_an_omitting_feed_never_sends_the_chosen_bars_in_any_revision_and_sends_all_others() -> None:
+    whole = list(SyntheticFeed(market(("KIMpL", "UHT")), DAY, [Channel.MINUTE], revised_share=0.5))
+    lost = {(event.ticker, event.start_ms) for event in whole[100:110]}
+    feed = Omitting(whole, lambda event: (event.ticker, event.start_ms) in lost)
+    left = [event for event in whole if (event.ticker, json.loads(event.payload)["s"]) not in lost]
+    assert list(feed) == left
+    assert list(feed) == left, "it can be iterated again"
+    assert len(left) < len(whole) - len(lost), "revisions were among them"
