@@ -76,7 +76,7 @@ class SyntheticMarket:
         # Two days, because who looks at one often compares it with the day before.
         self._minute_bars = functools.lru_cache(maxsize=2)(self._make_minute_bars)
 
-    def day_bars(self, day: date, channel: Channel) -> pa.Table:
+    def day_bars(self, day: date, channel: Channel = Channel.MINUTE) -> pa.Table:
         """The day's final bars, sorted by start_ms, then ticker; a window without a trade has none.
 
         Columns: ticker (string), start_ms (int64, Unix ms), open, high, low, close, vwap (float64, dollars, at most
