@@ -1,0 +1,64 @@
+"""Flat files: read back by somebody else's reader, they say what the market's bars say."""
+
+from __future__ import annotations
+
+import gzip
+from datetime import date
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.simulator.flat_files import flat_file, publish
+from polygon_pipeline.simulator.synthetic import SyntheticMarket
+from polygon_pipeline.simulator.tickers import WATCH_LIST
+from polygon_pipeline_tests.simulator.support import DAY
+
+MARKET = SyntheticMarket(WATCH_LIST)
+
+
+def test_duckdb_reads_back_the_days_bars_sorted_by_ticker_and_time(tmp_path: Path) -> None:
+    bars = MARKET.day_bars(DAY)
+    path = tmp_path / "day.csv.gz"
+    path.write_bytes(flat_file(bars))
+    found = duckdb.connect().read_csv(path, header=True).to_arrow_table().to_pylist()
+    expected = [
+        {
+            "ticker": bar["ticker"],
+            "volume": bar["volume"],
+            "open": bar["open"],
+            "close": bar["close"],
+            "high": bar["high"],
+            "low": bar["low"],
+            "window_start": bar["start_ms"] * 1_000_000,
+            "transactions": bar["transactions"],
+        }
+        for bar in sorted(bars.to_pylist(), key=lambda bar: (bar["ticker"], bar["start_ms"]))
+    ]
+    assert found == expected
+    assert any(row["volume"] % 1 for row in found), "there are fractional volumes among them"
+
+
+def test_the_text_is_as_the_vendor_writes_it() -> None:
+    lines = gzip.decompress(flat_file(MARKET.day_bars(DAY))).decode().splitlines()
+    assert lines[0] == "ticker,volume,open,close,high,low,window_start,transactions"
+    assert lines[1].startswith("AAPL,")
+    assert '"' not in "".join(lines)
+
+
+def test_the_same_bars_give_the_same_bytes() -> None:
+    bars = MARKET.day_bars(DAY)
+    shuffled = bars.sort_by([("close", "descending")])
+    assert flat_file(shuffled) == flat_file(bars)
+
+
+def test_a_published_file_is_where_the_vendor_puts_it_and_may_be_replaced(lake: Lake) -> None:
+    for content in (b"early", b"corrected"):
+        publish(lake.store, date(2026, 1, 6), content)
+        assert lake.get("us_stocks_sip/minute_aggs_v1/2026/01/2026-01-06.csv.gz") == content
+
+
+def test_a_day_without_bars_is_a_header() -> None:
+    empty: pa.Table = MARKET.day_bars(DAY).slice(0, 0)
+    assert gzip.decompress(flat_file(empty)).count(b"\n") == 1
