@@ -1,4 +1,4 @@
-"""`python -m polygon_pipeline.simulator`: serve a synthetic day, or recorded files, until interrupted.
+"""`python -m polygon_pipeline.simulator`: serve a synthetic day and its past, or recorded files, until interrupted.
 
 Belongs here: the command line. Does not belong here: anything a test or a definition would import.
 """
@@ -6,18 +6,23 @@ Belongs here: the command line. Does not belong here: anything a test or a defin
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, S3Access, open_lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.faults import Faults, Kind
 from polygon_pipeline.simulator.feed import Event
+from polygon_pipeline.simulator.flat_files import flat_file, publish
+from polygon_pipeline.simulator.history import HistoryServer
 from polygon_pipeline.simulator.replay import replay
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST, first_tickers
@@ -30,7 +35,8 @@ def _tickers(text: str) -> list[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m polygon_pipeline.simulator",
-        description="A simulated exchange that speaks the vendor's WebSocket protocol on 127.0.0.1.",
+        description="A simulated exchange that speaks the vendor's WebSocket protocol on 127.0.0.1, and of a "
+        "synthetic market also its REST: all days before, and the day itself as far as it has come.",
     )
     parser.add_argument("--port", type=int, default=0, help="0, the default, picks a free one")
     parser.add_argument("--day", type=date.fromisoformat, help="trading day (default: the last completed one)")
@@ -66,6 +72,16 @@ def _arguments() -> argparse.Namespace:
         metavar="KIND=RATE,...",
         help=f"what is to go wrong, each kind at a chance a frame, such as drop=0.01; kinds: {', '.join(Kind)}",
     )
+    parser.add_argument("--rest-port", type=int, default=0, help="the same for the history; not with --replay")
+    parser.add_argument("--requests-per-minute", type=int, help="how many requests the history answers (default: any)")
+    parser.add_argument(
+        "--flat-files",
+        metavar="URI",
+        help="publish flat files at s3://bucket/prefix (reached as AWS_* says) or file:///path; not with --replay",
+    )
+    parser.add_argument(
+        "--flat-file-days", type=int, default=1, help="of how many trading days, up to the simulated one (default: 1)"
+    )
     return parser.parse_args()
 
 
@@ -77,15 +93,20 @@ def main() -> None:
     try:
         feed, what = _feed(arguments)
         faults = Faults.parse(arguments.faults, arguments.seed) if arguments.faults else None
-        with Exchange(feed, speed=arguments.speed, key=arguments.key, port=arguments.port, faults=faults) as exchange:
+        with ExitStack() as serving:
+            exchange = serving.enter_context(
+                Exchange(feed, speed=arguments.speed, key=arguments.key, port=arguments.port, faults=faults)
+            )
+            variables = _serve_past(arguments, feed, exchange, serving) if isinstance(feed, SyntheticFeed) else {}
+            variables |= {"POLYGON_WEBSOCKET_URL": exchange.url, "POLYGON_API_KEY": arguments.key or "simulated"}
             sys.stdout.write(
                 f"SIMULATED exchange at {exchange.url} with {what}; connect the project to it with "
-                f"POLYGON_WEBSOCKET_URL={exchange.url} POLYGON_API_KEY={arguments.key or 'simulated'}\n"
+                f"{' '.join(f'{name}={value}' for name, value in variables.items())}\n"
             )
             sys.stdout.flush()
             while exchange.serving and not stop.wait(0.5):
                 pass
-    except (ValueError, OSError) as error:
+    except (ValueError, LakeError, *STORE_ERRORS) as error:
         sys.exit(f"The simulated exchange cannot go on: {error}")
 
 
@@ -99,6 +120,34 @@ def _feed(arguments: argparse.Namespace) -> tuple[Iterable[Event], str]:
     market = SyntheticMarket(arguments.tickers, arguments.seed)
     feed = SyntheticFeed(market, day, [Channel(name) for name in arguments.channels.split(",")])
     return feed, f"the synthetic {day.isoformat()} of {len(market.tickers)} tickers"
+
+
+def _serve_past(
+    arguments: argparse.Namespace, feed: SyntheticFeed, exchange: Exchange, serving: ExitStack
+) -> dict[str, str]:
+    """Serve the history and publish the flat files that are asked for; the variables that lead there."""
+    midnight_ms = calendar.day_bounds_ms(feed.day)[0]  # until the market's clock starts
+    history = HistoryServer(
+        feed.market.day_bars,
+        key=arguments.key,
+        port=arguments.rest_port,
+        clock=lambda: max(midnight_ms, exchange.market_time_ms),
+        requests_per_minute=arguments.requests_per_minute,
+    )
+    variables = {"POLYGON_REST_URL": serving.enter_context(history).url}
+    if arguments.flat_files:
+        lake = open_lake(arguments.flat_files, _s3_access)
+        lake.claim("simulated")
+        for day in calendar.trading_days(calendar.FIRST_SESSION, feed.day)[-max(1, arguments.flat_file_days) :]:
+            publish(lake.store, day, flat_file(feed.market.day_bars(day)))
+        variables["POLYGON_FLAT_FILES_URL"] = arguments.flat_files
+    return variables
+
+
+def _s3_access() -> S3Access:
+    import boto3
+
+    return S3Access(boto3.Session(), os.environ.get("AWS_ENDPOINT_URL"))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 import websocket
-from massive import WebSocketClient  # type: ignore[import-untyped, unused-ignore]
+from massive import RESTClient, WebSocketClient  # type: ignore[import-untyped, unused-ignore]
 from massive.websocket.models import (  # type: ignore[import-untyped, unused-ignore]
     EquityAgg,
     WebSocketMessage,
@@ -294,7 +295,7 @@ def test_the_vendors_own_client_understands_it() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signals) -> None:
+def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signals, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -303,6 +304,10 @@ def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signal
         "2026-01-26",
         "--tickers",
         "AAPL,BRK.B",
+        "--flat-files",
+        tmp_path.as_uri(),
+        "--flat-file-days",
+        "2",
     ]
     with subprocess.Popen([*command, "--speed", "0", "--key", "k"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -310,10 +315,16 @@ def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signal
         guard = threading.Timer(60, process.kill)
         guard.start()
         line = process.stdout.readline()
-        found = re.search(r"SIMULATED .* POLYGON_WEBSOCKET_URL=(ws://127\.0\.0\.1:\d+/stocks) POLYGON_API_KEY=k$", line)
-        assert found, line
-        socket = websocket.create_connection(found[1], timeout=20)
+        assert "SIMULATED" in line
+        variables = dict(re.findall(r"([A-Z_]+)=(\S+)", line))
+        assert variables["POLYGON_API_KEY"] == "k"
+        socket = websocket.create_connection(variables["POLYGON_WEBSOCKET_URL"], timeout=20)
         assert "simulated" in socket.recv()
+        history = RESTClient("k", base=variables["POLYGON_REST_URL"])
+        assert len(history.get_aggs("AAPL", 1, "minute", "2026-01-23", "2026-01-23")) == 960
+        assert history.get_aggs("AAPL", 1, "minute", "2026-01-26", "2026-01-26") == [], "the day has yet to begin"
+        assert variables["POLYGON_FLAT_FILES_URL"] == tmp_path.as_uri()
+        assert [path.name for path in sorted(tmp_path.rglob("*.gz"))] == ["2026-01-23.csv.gz", "2026-01-26.csv.gz"]
         os.kill(process.pid, number)
         assert process.wait(30) == 0
         guard.cancel()
