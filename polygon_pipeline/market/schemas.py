@@ -33,11 +33,20 @@ NORMALIZED_BARS = _schema(
     ("day_vwap", pa.float64(), "The day's VWAP so far"),
     ("average_trade_size", pa.float64(), "Shares a trade in the window"),
     ("otc", pa.bool_(), "Whether the ticker trades over the counter; null where the source does not say"),
-    ("transactions", pa.int64(), "Trades in the window; only the vendor's history has it"),
+    ("transactions", pa.int64(), "Trades in the window; only the vendor's history has it, and only of its own state"),
     ("session", pa.string(), "pre, regular or post: the part of the trading day the window starts in"),
-    ("revisions", pa.int64(), "How many times the bar was received; the last is the one kept"),
-    ("received_at", _TIMESTAMP, "When the kept revision arrived"),
-    ("source", pa.string(), "websocket, rest or flat_file"),
+    ("revisions", pa.int64(), "How many times the stream brought the bar; 0 where only the vendor's history has it"),
+    ("received_at", _TIMESTAMP, "When the kept word arrived: the stream's last revision or the history's"),
+    ("source", pa.string(), "Whose word is kept: websocket, rest or flat_file"),
+)
+
+REFERENCE_BARS = _schema(
+    ("ticker", pa.string(), "Symbol, in the vendor's spelling and case"),
+    ("timestamp", _TIMESTAMP, "Start of the bar's minute"),
+    *((name, kind, text if name != "vwap" else f"{text}; null from flat files") for name, kind, text in _OHLCV),
+    ("transactions", pa.int64(), "Trades in the minute"),
+    ("received_at", _TIMESTAMP, "When the page was fetched (REST) or the file last modified (flat file)"),
+    ("source", pa.string(), "rest or flat_file"),
 )
 
 RESAMPLED_BARS = _schema(

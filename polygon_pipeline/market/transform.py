@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MEMORY_LIMIT = "1GB"
 _THREADS = 2
 
-_PARQUET = "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE 122880)"
+_PARQUET = "FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE 122880"
 
 # The vendor's fields that a row is made of. Whether an event is acceptable was decided when it was received.
 _EVENT = {
@@ -234,7 +234,7 @@ class Normalization:
     def __init__(self, day: date, channel: Channel, folder: Path) -> None:
         self._day = day
         self._channel = channel
-        self._connection = _connect(folder)
+        self._connection = connect(folder)
         first_ms, after_ms = day_bounds_ms(day)
         self._bounds = {"first_ms": first_ms, "after_ms": after_ms}
         self._waiting: list[Path] = []  # frames not read yet
@@ -296,7 +296,7 @@ class Normalization:
         self._write("arrivals", target, parts)
 
     def _write(self, arrivals: str, target: Path, parameters: Mapping[str, object]) -> None:
-        if not _copy(
+        if not copy(
             self._connection,
             _NORMALIZED.format(arrivals=arrivals, session=_SESSION.format(start_ms="start_ms")),
             target,
@@ -361,7 +361,7 @@ class Derivation:
 
     def __init__(self, day: date, normalized: pa.Table | Path, folder: Path) -> None:
         self._day = day
-        self._connection = _connect(folder)
+        self._connection = connect(folder)
         if isinstance(normalized, Path):
             self._connection.read_parquet(str(normalized)).create_view("normalized")
         else:
@@ -376,7 +376,7 @@ class Derivation:
 
     def write(self, name: str, target: Path) -> None:
         """Writes bars_5m, bars_15m, bars_1h or daily_bars, sorted by ticker and time."""
-        _copy(self._connection, _DERIVED[name], target, {"day": self._day} if name == "daily_bars" else None)
+        copy(self._connection, _DERIVED[name], target, {"day": self._day} if name == "daily_bars" else None)
 
 
 class Description(NamedTuple):
@@ -410,7 +410,8 @@ def _regular_hours(day: date) -> dict[str, int]:
     return {"open_ms": int(found.open.timestamp()) * 1000, "close_ms": int(found.close.timestamp()) * 1000}
 
 
-def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
+def connect(folder: Path) -> duckdb.DuckDBPyConnection:
+    """DuckDB in memory, out of core in the folder, with UTC for its time zone."""
     connection = duckdb.connect(
         config={"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder / "spill"), "threads": _THREADS}
     )
@@ -418,10 +419,20 @@ def _connect(folder: Path) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def _copy(
-    connection: duckdb.DuckDBPyConnection, query: str, target: Path, parameters: Mapping[str, object] | None = None
+def copy(
+    connection: duckdb.DuckDBPyConnection,
+    query: str,
+    target: Path,
+    parameters: Mapping[str, object] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Writes a query's rows; returns how many there are."""
-    path = str(target).replace("'", "''")
-    [(rows,)] = connection.execute(f"COPY ({query}) TO '{path}' {_PARQUET}", parameters or {}).fetchall()
+    """Writes a query's rows to a local Parquet file; returns how many. metadata: the file's own key-value metadata."""
+    options = _PARQUET
+    if metadata:
+        options += f", KV_METADATA {{{', '.join(f'{key}: {_quoted(value)}' for key, value in metadata.items())}}}"
+    [(rows,)] = connection.execute(f"COPY ({query}) TO {_quoted(str(target))} ({options})", parameters or {}).fetchall()
     return int(rows)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

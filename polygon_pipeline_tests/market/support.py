@@ -8,10 +8,12 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from polygon_pipeline.lake import frames
+from polygon_pipeline.market import schemas
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK
 from polygon_pipeline.market.transform import Normalization
@@ -128,3 +130,41 @@ def normalized_file(
 def read(file: Path) -> list[Row]:
     rows: list[Row] = pq.read_table(file).to_pylist()
     return rows
+
+
+def history(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -> Row:
+    """A row of reference_bars that says of a bar what aggregate() does. fields: what differs."""
+    return {
+        "ticker": ticker,
+        "timestamp": datetime.fromtimestamp(start_ms / 1000, UTC),
+        "open": 450.25,
+        "high": 450.75,
+        "low": 450.2,
+        "close": 450.5,
+        "volume": 1000.0,
+        "vwap": 450.3,
+        "transactions": 7,
+        "received_at": later(86_400),
+        "source": "rest",
+        **fields,
+    }
+
+
+def reference_file(
+    file: Path,
+    rows: Iterable[Row],
+    tickers: Sequence[str] | None = None,
+    until_ms: int = at(23, 59),
+    etag: str | None = None,
+) -> Path:
+    """A reference_bars file as the lake has it."""
+    ordered = sorted(rows, key=lambda row: (row["ticker"], row["timestamp"]))
+    info = {
+        "source": "flat_file" if tickers is None else "rest",
+        "tickers": tickers and list(tickers),
+        "until_ms": until_ms,
+        "etag": etag,
+    }
+    table = pa.Table.from_pylist(ordered, schema=schemas.REFERENCE_BARS)
+    pq.write_table(table.replace_schema_metadata({"reference": json.dumps(info)}), file)
+    return file

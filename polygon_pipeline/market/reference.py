@@ -1,0 +1,221 @@
+"""The vendor's own history of a day, from a flat file or REST pages to reference_bars.
+
+Belongs here: reading those two forms, and what a reference file says of itself. Does not belong here: fetching them
+(polygon), and what is made of them (market.merge, market.coverage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime
+from pathlib import Path
+
+import duckdb
+import msgspec
+
+from polygon_pipeline.market.calendar import day_bounds_ms
+from polygon_pipeline.market.transform import connect, copy
+
+FLAT_FILE_COLUMNS = {
+    "ticker": "VARCHAR",
+    "volume": "DOUBLE",
+    "open": "DOUBLE",
+    "close": "DOUBLE",
+    "high": "DOUBLE",
+    "low": "DOUBLE",
+    "window_start": "BIGINT",  # Unix ns
+    "transactions": "BIGINT",
+}
+
+# A bar without these is no bar: better no reference than one that says less than it seems to. In one CASE, because
+# the parts of a condition are evaluated in any order.
+_IF_WHOLE = """
+    CASE
+        WHEN ticker IS NULL OR {start} IS NULL OR open IS NULL OR high IS NULL OR low IS NULL OR close IS NULL
+            OR volume IS NULL THEN error('a bar of ' || coalesce(ticker, 'no ticker') || ' lacks a value')
+        ELSE {wanted}
+    END
+"""
+
+_FROM_FLAT_FILE = f"""
+    SELECT
+        ticker,
+        to_timestamp(window_start // 1000000000) AS timestamp,
+        open, high, low, close, volume,
+        CAST(NULL AS DOUBLE) AS vwap,
+        transactions,
+        $received_at AS received_at,
+        'flat_file' AS source
+    FROM read_csv($file, auto_detect = false, header = true, columns = $columns)
+    WHERE {
+    _IF_WHOLE.format(
+        start="window_start",
+        wanted="window_start >= $first_ms * 1000000 AND window_start < $after_ms * 1000000",
+    )
+}
+    ORDER BY ticker, window_start
+"""
+
+# Of two pages with the same bar the later fetched wins; the values decide only between pages of the same microsecond.
+_FROM_PAGES = f"""
+    WITH bars AS (
+        SELECT ticker, fetched_at, unnest(bars) AS bar
+        FROM read_json(
+            $files,
+            format = 'newline_delimited',
+            columns = {{
+                ticker: 'VARCHAR', fetched_at: 'TIMESTAMPTZ',
+                bars: 'STRUCT(t BIGINT, o DOUBLE, h DOUBLE, l DOUBLE, c DOUBLE, v DOUBLE, vw DOUBLE, n BIGINT)[]'
+            }}
+        )
+    ), named AS (
+        SELECT
+            ticker, bar.t AS start_ms, bar.o AS open, bar.h AS high, bar.l AS low, bar.c AS close, bar.v AS volume,
+            bar.vw AS vwap, bar.n AS transactions, fetched_at, bar
+        FROM bars
+    )
+    SELECT
+        ticker, to_timestamp(start_ms / 1000) AS timestamp, open, high, low, close, volume, vwap, transactions,
+        fetched_at AS received_at, 'rest' AS source
+    FROM named
+    WHERE {
+    _IF_WHOLE.format(
+        start="start_ms",
+        wanted="start_ms >= $first_ms AND start_ms < least($after_ms, $until_ms) "
+        "AND list_contains($tickers::VARCHAR[], ticker)",
+    )
+}
+    QUALIFY row_number() OVER (PARTITION BY ticker, start_ms ORDER BY fetched_at DESC, bar DESC) = 1
+    ORDER BY ticker, start_ms
+"""
+
+_COMPARED = "ticker, timestamp, open, high, low, close, volume, vwap, transactions, source"
+
+
+class UnreadableReference(Exception):
+    """What was fetched cannot be made a reference of; fetching the same again cannot help."""
+
+
+class ReferenceInfo(msgspec.Struct, frozen=True):
+    """What a reference file knows, kept in its key-value metadata.
+
+    source: rest or flat_file. tickers: those asked for, with or without bars; None for the whole market. until_ms:
+    bars that start before this (Unix ms) are known. etag: the flat file's.
+    """
+
+    source: str
+    tickers: tuple[str, ...] | None
+    until_ms: int
+    etag: str | None
+
+
+def from_flat_file(
+    day: date, file: Path, last_modified: datetime, etag: str | None, target: Path, folder: Path
+) -> None:
+    """Writes a day's reference from the vendor's CSV (.csv.gz).
+
+    folder: an empty local folder. Raises UnreadableReference if the file is damaged, has other columns than
+    FLAT_FILE_COLUMNS, or no bar of the day.
+    """
+    if last_modified.tzinfo is None:
+        raise ValueError(f"last_modified is {last_modified}, which has no time zone")
+    first_ms, after_ms = day_bounds_ms(day)
+    # Unpacked first: the checksum is verified, which DuckDB leaves out, and plain text is read by several threads.
+    plain = folder / "flat-file.csv"
+    with plain.open("wb") as content:
+        for chunk in _unpacked(file):
+            content.write(chunk)
+    with plain.open(encoding="utf-8", errors="replace") as lines:
+        columns = lines.readline(4096).strip().split(",")
+    if columns != list(FLAT_FILE_COLUMNS):
+        raise UnreadableReference(
+            f"{file} has the columns {', '.join(columns)}, but {', '.join(FLAT_FILE_COLUMNS)} were expected"
+        )
+    parameters = {
+        "file": str(plain),
+        "columns": FLAT_FILE_COLUMNS,
+        "received_at": last_modified,
+        "first_ms": first_ms,
+        "after_ms": after_ms,
+    }
+    _write(_FROM_FLAT_FILE, parameters, ReferenceInfo("flat_file", None, after_ms, etag), target, folder, str(file))
+    plain.unlink()
+    if not _rows(target):
+        raise UnreadableReference(f"{file} has no bar of {day}; is it another day's file?")
+
+
+def from_pages(
+    day: date, files: Sequence[Path], tickers: Sequence[str], until_ms: int, target: Path, folder: Path
+) -> None:
+    """Writes a day's reference from REST pages, one a line of JSON (.jsonl or .jsonl.zst): ticker, fetched_at, bars.
+
+    A page may hold many days. Bars of tickers not asked for, or starting at until_ms (Unix ms) or later, are left
+    out, since nothing is claimed to be known of them. Tickers may be without any bar, even all of them: they did not
+    trade. Raises UnreadableReference if a file is damaged.
+    """
+    if not files:
+        raise ValueError(f"there are no pages to make the reference of {day} from")
+    for file in files:
+        for _ in _unpacked(file):  # DuckDB takes the end of a cut archive for its end
+            pass
+    first_ms, after_ms = day_bounds_ms(day)
+    parameters = {
+        "files": [str(file) for file in files],
+        "tickers": list(tickers),
+        "until_ms": until_ms,
+        "first_ms": first_ms,
+        "after_ms": after_ms,
+    }
+    info = ReferenceInfo("rest", tuple(sorted(tickers)), until_ms, None)
+    _write(_FROM_PAGES, parameters, info, target, folder, f"the {len(files)} pages of {day}")
+
+
+def read_reference_info(file: Path) -> ReferenceInfo:
+    """What a reference file says of itself. Raises UnreadableReference if it says nothing."""
+    import pyarrow.parquet as pq
+
+    content = (pq.read_metadata(file).metadata or {}).get(b"reference")
+    if content is None:
+        raise UnreadableReference(f"{file} has no key-value metadata `reference`; it is no reference file")
+    return msgspec.json.decode(content, type=ReferenceInfo)
+
+
+def same_bars(old: Path, new: Path) -> bool:
+    """Whether two reference files say the same, whenever they were received."""
+
+    def known(file: Path) -> ReferenceInfo:
+        return msgspec.structs.replace(read_reference_info(file), etag=None)
+
+    if known(old) != known(new) or _rows(old) != _rows(new):
+        return False
+    # Rows are unique, so one direction is enough.
+    query = f"SELECT {_COMPARED} FROM read_parquet($old) EXCEPT SELECT {_COMPARED} FROM read_parquet($new) LIMIT 1"
+    with duckdb.connect(config={"threads": 2}) as connection:
+        return not connection.execute(query, {"old": str(old), "new": str(new)}).fetchall()
+
+
+def _write(
+    query: str, parameters: dict[str, object], info: ReferenceInfo, target: Path, folder: Path, what: str
+) -> None:
+    with connect(folder) as connection:
+        try:
+            copy(connection, query, target, parameters, {"reference": msgspec.json.encode(info).decode()})
+        except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
+            raise UnreadableReference(f"{what} cannot be read: {error}") from error
+
+
+def _unpacked(file: Path) -> Iterator[bytes]:
+    import pyarrow as pa
+
+    try:
+        with pa.input_stream(file, compression="detect") as content:
+            while chunk := content.read(1 << 20):
+                yield chunk
+    except OSError as error:
+        raise UnreadableReference(f"{file} is damaged: {error}") from error
+
+
+def _rows(file: Path) -> int:
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(file).num_rows)
