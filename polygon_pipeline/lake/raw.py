@@ -1,11 +1,12 @@
-"""A day's raw data, fetched and handed to the transformation.
+"""A day's raw data and the vendor's history of it, fetched and handed to the transformation.
 
-Belongs here: finding and fetching raw-frames and raw-data, and saying which objects could not be read. Does not
-belong here: what a normalized row is (market.transform).
+Belongs here: finding and fetching raw-frames, raw-data and reference_bars, and saying which objects could not be
+read. Does not belong here: what a normalized row is (market.transform).
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -13,27 +14,37 @@ from pathlib import Path
 import msgspec
 
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.datasets import MissingDataset, fetch_dataset
 from polygon_pipeline.lake.objects import decode_record
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import session_date
+from polygon_pipeline.market.merge import Merge
+from polygon_pipeline.market.reference import ReferenceInfo, read_reference_info
 from polygon_pipeline.market.transform import NoBars, Normalization
 
 
 @dataclass
 class RawDay:
-    """What a day was normalized from. unreadable: keys of objects that could not be read, each with the reason."""
+    """What a day was normalized from. unreadable: keys of objects that could not be read, each with the reason.
+
+    reference: what the vendor's history of the day knows, None if the lake has none; merge: what it changed.
+    """
 
     frame_files: int = 0
     records: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
+    reference: ReferenceInfo | None = None
+    merge: Merge = field(default_factory=Merge)
 
 
 def normalize_day(lake: Lake, day: date, channel: Channel, target: Path, folder: Path) -> RawDay:
     """Writes a day's normalized bars to a local Parquet file, from raw-frames and the raw-data they do not cover.
 
     The frames are the fuller record, so an object is read only where no frame has its bar: a bucket that another
-    program fills in the specified format normalizes just as well. folder: an empty local folder. Raises NoBars.
+    program fills in the specified format normalizes just as well. Minute bars are merged with the lake's
+    reference_bars of the day, which also make a day that nobody collected. folder: an empty local folder.
+    Raises NoBars.
     """
     raw = RawDay()
     with Normalization(day, channel, folder) as normalization:
@@ -46,9 +57,14 @@ def normalize_day(lake: Lake, day: date, channel: Channel, target: Path, folder:
             records = folder / "records.jsonl"
             raw.records = _fetch_records(lake, uncovered, day, records, raw.unreadable)
             normalization.add_records(records)
+        if channel is Channel.MINUTE:
+            with contextlib.suppress(MissingDataset):
+                reference = fetch_dataset(lake, "reference_bars", day.isoformat(), folder)
+                raw.reference = read_reference_info(reference)
+                normalization.add_reference(reference)
         failure: NoBars | None = None
         try:
-            normalization.write(target)
+            raw.merge = normalization.write(target)
         except NoBars as error:
             failure = error
         raw.unreadable |= {files[file]: fault for file, fault in normalization.unreadable.items()}

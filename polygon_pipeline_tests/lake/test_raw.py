@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from polygon_pipeline.lake import frames, layout
+from polygon_pipeline.lake.datasets import put_dataset
 from polygon_pipeline.lake.raw import RawDay, normalize_day
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.merge import Merge
+from polygon_pipeline.market.reference import ReferenceInfo
 from polygon_pipeline.market.transform import NoBars
 from polygon_pipeline_tests.market.support import (
     ARRIVAL,
@@ -22,10 +25,12 @@ from polygon_pipeline_tests.market.support import (
     Row,
     aggregate,
     at,
+    history,
     later,
     line,
     read,
     record_line,
+    reference_file,
 )
 
 
@@ -198,3 +203,38 @@ def test_a_record_between_seconds_is_reported_and_left_out(file_lake: Lake, tmp_
     raw, rows = normalize(file_lake, tmp_path)
     assert closes(rows) == [("GOOD", 1.0)]
     assert list(raw.unreadable) == [key]
+
+
+def put_reference(lake: Lake, folder: Path, *rows: Row) -> None:
+    file = reference_file(folder / "reference.parquet", rows, ["SPY", "QQQ"], at(20, 0))
+    put_dataset(lake, "reference_bars", DAY.isoformat(), file)
+
+
+def test_the_days_reference_is_merged_into_what_was_collected(lake: Lake, tmp_path: Path) -> None:
+    put_frames(lake, [line(ARRIVAL, [aggregate("SPY", c=450.3)])])
+    put_reference(lake, tmp_path, history("SPY"), history("QQQ"))
+    raw, rows = normalize(lake, tmp_path)
+    assert closes(rows) == [("QQQ", 450.5), ("SPY", 450.5)]
+    assert raw.reference == ReferenceInfo("rest", ("SPY", "QQQ"), at(20, 0), None)
+    assert (raw.merge.added, raw.merge.corrected, raw.merge.kept) == (1, 1, 0)
+
+
+def test_a_day_that_nobody_collected_is_made_of_its_reference_alone(file_lake: Lake, tmp_path: Path) -> None:
+    put_reference(file_lake, tmp_path, history("SPY"))
+    raw, rows = normalize(file_lake, tmp_path)
+    assert closes(rows) == [("SPY", 450.5)]
+    assert (raw.frame_files, raw.records, raw.merge) == (0, 0, Merge(added=1))
+
+
+def test_an_empty_reference_does_not_make_a_day(file_lake: Lake, tmp_path: Path) -> None:
+    put_reference(file_lake, tmp_path)
+    with pytest.raises(NoBars, match="2026-01-26"):
+        normalize(file_lake, tmp_path)
+
+
+def test_second_bars_have_no_reference(file_lake: Lake, tmp_path: Path) -> None:
+    put_frames(file_lake, [line(ARRIVAL, [aggregate("SPY", ev="A")])])
+    put_reference(file_lake, tmp_path, history("QQQ"))
+    raw, rows = normalize(file_lake, tmp_path, channel=Channel.SECOND)
+    assert closes(rows) == [("SPY", 450.5)]
+    assert raw.reference is None

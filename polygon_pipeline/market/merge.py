@@ -1,0 +1,102 @@
+"""The best of both: the stream's bars and the vendor's history of them, of which the later word wins.
+
+Belongs here: that rule, in SQL, and the account of where the two differed. Does not belong here: how the stream's
+revisions become one row (market.transform), and where the history comes from (market.reference).
+
+A bar of the history is one more revision of the stream's bar. Both say the same: the stream's row stays and learns
+its number of transactions. They differ: the one received last is kept. Only the history has it: it is added.
+Everything reads two relations of the connection: `stream` (rows of NORMALIZED_BARS) and `reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import duckdb
+
+EXAMPLES = 20
+
+_PRICES = ("open", "high", "low", "close")
+
+# REST's VWAPs have four digits where the stream's may have more; volumes have six.
+_SAME = " AND ".join(
+    [
+        *(f"stream.{name} = reference.{name}" for name in _PRICES),
+        "abs(stream.volume - reference.volume) <= 1e-6",
+        "coalesce(abs(stream.vwap - reference.vwap) <= 5e-5, true)",
+    ]
+)
+
+JOIN = f"""
+    CREATE TEMP VIEW pairs AS
+    SELECT
+        ticker,
+        timestamp,
+        stream,
+        reference,
+        CASE
+            WHEN stream.source IS NULL THEN 'added'
+            WHEN reference.source IS NULL THEN 'alone'
+            WHEN coalesce({_SAME}, false) THEN 'same'
+            WHEN reference.received_at > stream.received_at THEN 'corrected'
+            ELSE 'kept'
+        END AS verdict
+    FROM stream FULL JOIN reference USING (ticker, timestamp)
+"""
+
+# $open_ms, $close_ms: the regular session's, in Unix ms.
+MERGED = f"""
+    SELECT
+        ticker,
+        timestamp,
+        {"".join(f"CASE WHEN replaced THEN reference.{name} ELSE stream.{name} END AS {name}, " for name in _PRICES)}
+        CASE WHEN replaced THEN reference.volume ELSE stream.volume END AS volume,
+        CASE WHEN replaced THEN coalesce(reference.vwap, stream.vwap) ELSE stream.vwap END AS vwap,
+        stream.day_open, stream.day_volume, stream.day_vwap, stream.average_trade_size, stream.otc,
+        CASE WHEN verdict <> 'kept' THEN reference.transactions END AS transactions,
+        CASE
+            WHEN epoch_ms(timestamp) < $open_ms THEN 'pre' WHEN epoch_ms(timestamp) < $close_ms THEN 'regular'
+            ELSE 'post'
+        END AS session,
+        coalesce(stream.revisions, 0) AS revisions,
+        CASE WHEN replaced THEN reference.received_at ELSE stream.received_at END AS received_at,
+        CASE WHEN replaced THEN reference.source ELSE stream.source END AS source
+    FROM (SELECT *, verdict IN ('added', 'corrected') AS replaced FROM pairs)
+    ORDER BY ticker, timestamp
+"""
+
+
+class Merge(NamedTuple):
+    """Where the vendor's history and the stream differed.
+
+    added: bars that only the history has; differing: bars of both that differ, of which `corrected` are kept as the
+    history has them and `kept` as the stream has them. examples: the first differing bars by ticker and time, each
+    with both words, as JSON would have them.
+    """
+
+    added: int = 0
+    differing: int = 0
+    corrected: int = 0
+    kept: int = 0
+    examples: tuple[dict[str, Any], ...] = ()
+
+
+def count(connection: duckdb.DuckDBPyConnection) -> Merge:
+    """The account of a merge, after JOIN."""
+    counts = dict(connection.execute("SELECT verdict, count(*) FROM pairs GROUP BY verdict").fetchall())
+    corrected, kept = counts.get("corrected", 0), counts.get("kept", 0)
+    rows = connection.execute(
+        f"""
+        SELECT ticker, strftime(timestamp, '%Y-%m-%dT%H:%M:%SZ'), verdict, {_word("stream")}, {_word("reference")}
+        FROM pairs WHERE verdict IN ('corrected', 'kept')
+        ORDER BY ticker, timestamp LIMIT {EXAMPLES}
+        """
+    ).fetchall()
+    names = ("ticker", "timestamp", "verdict", "stream", "reference")
+    examples = tuple(dict(zip(names, row, strict=True)) for row in rows)
+    return Merge(counts.get("added", 0), corrected + kept, corrected, kept, examples)
+
+
+def _word(relation: str) -> str:
+    fields = ", ".join(f"{name}: {relation}.{name}" for name in (*_PRICES, "volume", "vwap", "source"))
+    return f"{{{fields}, received_at: strftime({relation}.received_at, '%Y-%m-%dT%H:%M:%S.%fZ')}}"
