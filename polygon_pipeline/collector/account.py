@@ -13,6 +13,7 @@ the lake.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import date, datetime, timedelta
 
 import msgspec
@@ -133,15 +134,24 @@ class Account(msgspec.Struct):
 
 
 def _gap(start: datetime, end: datetime | None, cause: str) -> Gap:
-    # A minute's bar comes within seconds of the minute's end.
-    earliest = start - _MINUTE - _LATEST_DELIVERY
-    first = earliest.replace(second=0, microsecond=0)
-    if first < earliest:
-        first += _MINUTE
-    last = None if end is None else (end - _MINUTE).replace(second=0, microsecond=0)
+    first = _first_lost(start)
+    last = None if end is None else _last_lost(end)
     if last is not None and last < first:
         return Gap(start, end, cause)
     return Gap(start, end, cause, first, last)
+
+
+def _first_lost(disconnected: datetime) -> datetime:
+    """The first minute whose bar may have come too late for a connection that ended then."""
+    # A minute's bar comes within seconds of the minute's end.
+    earliest = disconnected - _MINUTE - _LATEST_DELIVERY
+    first = earliest.replace(second=0, microsecond=0)
+    return first + _MINUTE if first < earliest else first
+
+
+def _last_lost(connected: datetime) -> datetime:
+    """The last minute whose bar may have come too early for a connection that began then."""
+    return (connected - _MINUTE).replace(second=0, microsecond=0)
 
 
 class Ledger(msgspec.Struct):
@@ -180,3 +190,26 @@ def encode_ledger(ledger: Ledger) -> bytes:
 
 def decode_ledger(content: bytes) -> Ledger:
     return msgspec.json.decode(content, type=Ledger)
+
+
+def connected_minutes(ledgers: Iterable[Ledger]) -> list[tuple[int, int]]:
+    """The minutes whose bars must have reached some run: (first, last) starts in Unix ms, both included, in order.
+
+    Whatever is outside was lost on no connection: before the first run, in every run's gap, after the last. A minute
+    that is in one run's gap and not in another's is inside. A connection without an end, of a run that goes on or
+    died, counts to the last frame that the ledger knows of.
+    """
+    found: list[tuple[datetime, datetime]] = []
+    for ledger in ledgers:
+        for connection in ledger.account.connections:
+            until = connection.until or ledger.account.last_received_at or connection.since
+            first, last = _last_lost(connection.since) + _MINUTE, _first_lost(until) - _MINUTE
+            if first <= last:
+                found.append((first, last))
+    merged: list[tuple[datetime, datetime]] = []
+    for first, last in sorted(found):
+        if merged and first <= merged[-1][1] + _MINUTE:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+        else:
+            merged.append((first, last))
+    return [(int(first.timestamp()) * 1000, int(last.timestamp()) * 1000) for first, last in merged]
