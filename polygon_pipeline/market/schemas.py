@@ -68,3 +68,29 @@ DAILY_BARS = _schema(
     ("last_bar", _TIMESTAMP, "Start of the last regular-hours bar; null if there was none"),
     ("official_open", pa.float64(), "The day's official open as the feed reported it; null where it did not"),
 )
+
+BAR_COVERAGE = _schema(
+    ("ticker", pa.string(), "Symbol"),
+    ("date", pa.date32(), "Session date, New York"),
+    ("expected_minutes", pa.int64(), "Minutes of the session by the calendar, pre-market to after hours"),
+    ("regular_minutes", pa.int64(), "Of these, minutes of the regular session"),
+    ("collected_minutes", pa.int64(), "Minutes whose bar the stream brought"),
+    (
+        "traded_minutes",
+        pa.int64(),
+        "Minutes the vendor's history has, as far as it reaches; null where it says nothing",
+    ),
+    (
+        "lost_disconnected",
+        pa.int64(),
+        "Traded, not collected, while no collector was connected; repaired ones included",
+    ),
+    ("lost_connected", pa.int64(), "Traded, not collected, though a collector was connected; repaired ones included"),
+    ("repaired_minutes", pa.int64(), "Lost ones that normalized_bars has from the vendor's history"),
+    ("corrected_minutes", pa.int64(), "Collected ones whose values the vendor's history replaced"),
+    ("late_minutes", pa.int64(), "Collected ones whose kept revision came more than a minute after the bar's end"),
+    ("unexpected_minutes", pa.int64(), "Collected ones that the vendor's history lacks, as far as it reaches"),
+    ("unknown_minutes", pa.int64(), "Minutes without a bar that no history reaches: no trade or lost, unknown"),
+    ("longest_gap_minutes", pa.int64(), "Longest run of consecutive lost minutes, repaired ones included"),
+    ("share", pa.float64(), "Of the traded minutes, those normalized_bars has, 0 to 1; null where none is known"),
+)
