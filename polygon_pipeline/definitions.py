@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import dagster as dg
 from dagster_aws.s3 import S3Resource
 
-from polygon_pipeline.defs import assets, schedules, sensors
+from polygon_pipeline.defs import assets, history, schedules, sensors
 from polygon_pipeline.defs.checks import bar_checks
 from polygon_pipeline.defs.collect import collect_aggregates_job
 from polygon_pipeline.defs.io_manager import ParquetIOManager
@@ -22,13 +22,15 @@ def build_defs(resources: Mapping[str, object] | None = None) -> dg.Definitions:
         assets=[
             assets.raw_bars,
             assets.raw_second_bars,
+            history.reference_bars,
             assets.normalized_bars,
             assets.normalized_second_bars,
             assets.derived_bars,
+            assets.bar_coverage,
         ],
         asset_checks=bar_checks,
-        jobs=[collect_aggregates_job, schedules.daily_datasets_job],
-        sensors=[sensors.market_session_sensor, sensors.datasets_follow_sensor],
+        jobs=[collect_aggregates_job, schedules.daily_datasets_job, history.reference_job],
+        sensors=[sensors.market_session_sensor, sensors.datasets_follow_sensor, history.repair_sensor],
         schedules=[schedules.after_close_schedule],
         resources={
             "s3": s3,

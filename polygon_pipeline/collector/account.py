@@ -14,7 +14,7 @@ the lake.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 import msgspec
 
@@ -23,16 +23,24 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon.messages import Frame
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
 
+SIMULATED = "simulated"
+
 _MINUTE = timedelta(minutes=1)
 _LATEST_DELIVERY = timedelta(seconds=5)
 
 
 class Connected(msgspec.Struct):
-    """A time in which bars flowed. until: None while it lasts."""
+    """A time in which bars flowed. until: None while it lasts.
+
+    first_bar_ms, last_bar_ms: the starts (Unix ms) of the newest bar in its first frame and of the newest of all, which
+    are the market's time where a simulator runs through a day faster than the clock.
+    """
 
     since: datetime
     until: datetime | None = None
     ended_by: str = ""
+    first_bar_ms: int | None = None
+    last_bar_ms: int | None = None
 
 
 class Gap(msgspec.Struct):
@@ -81,6 +89,11 @@ class Account(msgspec.Struct):
         for kind in frame.other:
             self.other[kind] = self.other.get(kind, 0) + 1
         self.last_received_at = received_at
+        if frame.aggregates and self.connections:
+            connection = self.connections[-1]
+            if connection.first_bar_ms is None:
+                connection.first_bar_ms = int(max(aggregate.s for aggregate in frame.aggregates))
+            connection.last_bar_ms = max(connection.last_bar_ms or 0, int(frame.aggregates[-1].s))
 
     def day(self, day: date, channel: Channel) -> DayCount:
         return self.days.setdefault(day, {}).setdefault(channel, DayCount())
@@ -99,13 +112,12 @@ class Account(msgspec.Struct):
             case EventKind.CONNECTED:
                 pass
 
-    def gaps(self) -> list[Gap]:
+    def gaps(self, feed: str = "polygon") -> list[Gap]:
         """The times between connections; the last is open while the run is not connected."""
-        ends = [connection.since for connection in self.connections[1:]]
         return [
-            _gap(connection.until, end, connection.ended_by)
-            for connection, end in zip(self.connections, [*ends, None], strict=False)
-            if connection.until and (end or not self.ended_by)
+            _gap(connection, following, feed)
+            for connection, following in zip(self.connections, [*self.connections[1:], None], strict=False)
+            if connection.until and (following or not self.ended_by)
         ]
 
     def imbalance(self, write_objects: bool) -> list[str]:
@@ -133,12 +145,22 @@ class Account(msgspec.Struct):
             self.connections[-1].ended_by = cause
 
 
-def _gap(start: datetime, end: datetime | None, cause: str) -> Gap:
-    first = _first_lost(start)
-    last = None if end is None else _last_lost(end)
-    if last is not None and last < first:
-        return Gap(start, end, cause)
-    return Gap(start, end, cause, first, last)
+def _gap(connection: Connected, following: Connected | None, feed: str) -> Gap:
+    """The gap after an ended connection."""
+    assert connection.until
+    start, end = connection.until, following.since if following else None
+    if feed == SIMULATED:
+        first = _minute(connection.last_bar_ms)
+        last = _minute(following.first_bar_ms) if following else None
+    else:
+        first, last = _first_lost(start), _last_lost(end) if end else None
+    if first is None or (last is not None and last < first):
+        return Gap(start, end, connection.ended_by)
+    return Gap(start, end, connection.ended_by, first, last)
+
+
+def _minute(start_ms: int | None) -> datetime | None:
+    return None if start_ms is None else datetime.fromtimestamp(start_ms // 60_000 * 60, UTC)
 
 
 def _first_lost(disconnected: datetime) -> datetime:
@@ -167,6 +189,7 @@ class Ledger(msgspec.Struct):
     imbalance: list[str]
     account: Account
     gaps: list[Gap]
+    topics: tuple[str, ...] = ()
 
 
 def make_ledger(header: JournalHeader, account: Account, complete: bool) -> Ledger:
@@ -180,7 +203,8 @@ def make_ledger(header: JournalHeader, account: Account, complete: bool) -> Ledg
         write_frames=header.write_frames,
         imbalance=account.imbalance(header.write_objects),
         account=account,
-        gaps=account.gaps(),
+        gaps=account.gaps(header.feed),
+        topics=header.topics,
     )
 
 
@@ -201,9 +225,18 @@ def connected_minutes(ledgers: Iterable[Ledger]) -> list[tuple[int, int]]:
     """
     found: list[tuple[datetime, datetime]] = []
     for ledger in ledgers:
+        if not _of_minutes(ledger.topics):
+            continue
         for connection in ledger.account.connections:
-            until = connection.until or ledger.account.last_received_at or connection.since
-            first, last = _last_lost(connection.since) + _MINUTE, _first_lost(until) - _MINUTE
+            if ledger.feed == SIMULATED:
+                # The first and the last minute of a connection may have come in part.
+                begin, end = _minute(connection.first_bar_ms), _minute(connection.last_bar_ms)
+                if begin is None or end is None:
+                    continue
+                first, last = begin + _MINUTE, end - _MINUTE
+            else:
+                until = connection.until or ledger.account.last_received_at or connection.since
+                first, last = _last_lost(connection.since) + _MINUTE, _first_lost(until) - _MINUTE
             if first <= last:
                 found.append((first, last))
     merged: list[tuple[datetime, datetime]] = []
@@ -213,3 +246,15 @@ def connected_minutes(ledgers: Iterable[Ledger]) -> list[tuple[int, int]]:
         else:
             merged.append((first, last))
     return [(int(first.timestamp()) * 1000, int(last.timestamp()) * 1000) for first, last in merged]
+
+
+def subscribed_tickers(ledgers: Iterable[Ledger]) -> list[str] | None:
+    """The tickers whose minute bars some run asked for, sorted; None for the whole market."""
+    topics = {topic for ledger in ledgers for topic in ledger.topics or ("AM.*",) if topic.startswith("AM.")}
+    return None if "AM.*" in topics else sorted(topic.removeprefix("AM.") for topic in topics)
+
+
+def _of_minutes(topics: Iterable[str]) -> bool:
+    """Whether a run asked for minute bars; ledgers of old do not say, and most did."""
+    listed = list(topics)
+    return not listed or any(topic.startswith("AM.") for topic in listed)

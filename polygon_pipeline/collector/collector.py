@@ -127,6 +127,7 @@ class Collector:
             started_at=datetime.now(UTC),
             write_objects=plan.write_objects,
             write_frames=plan.write_frames,
+            topics=tuple(plan.topics),
         )
         self._journal = Journal(plan.journal_dir, header)
         self._publisher = Publisher(self._lake, self._journal, header)
@@ -264,7 +265,7 @@ class Collector:
                         last_bar=progress.account.last_received_at,
                         backlog_bytes=progress.backlog_bytes,
                         unpublished_seconds=round(progress.unpublished_seconds, 1),
-                        gaps=len(progress.account.gaps()),
+                        gaps=len(progress.account.gaps(self._plan.feed)),
                         store_fault=progress.store_fault,
                     )
                 )

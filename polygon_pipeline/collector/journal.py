@@ -68,7 +68,7 @@ class JournalError(Exception):
 
 
 class JournalHeader(msgspec.Struct, frozen=True):
-    """What recovery must know of the run that wrote a journal."""
+    """What recovery must know of the run that wrote a journal. topics: its subscriptions, such as `AM.SPY`."""
 
     run: str
     session_date: date
@@ -77,6 +77,7 @@ class JournalHeader(msgspec.Struct, frozen=True):
     started_at: datetime
     write_objects: bool
     write_frames: bool
+    topics: tuple[str, ...] = ()
 
 
 class Segments:

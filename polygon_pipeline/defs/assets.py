@@ -4,12 +4,14 @@ Belongs here: names, dependencies, automation and how each shows in the UI. Does
 (market.transform) or how raw data is read (lake.raw).
 """
 
+import contextlib
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import dagster as dg
 
+from polygon_pipeline.defs.history import reference_bars
 from polygon_pipeline.defs.partitions import trading_days
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.market.bars import Channel
@@ -19,14 +21,20 @@ from polygon_pipeline.market.bars import Channel
 _FOLLOW_BARS = dg.AutomationCondition.eager().without(dg.AutomationCondition.in_latest_time_window())
 
 # Raw bars arrive while a run is making the day from what there was before. `eager` takes the end of that run for an
-# answer to them, and the session's last bars would be left out; here only a later request answers them.
+# answer to them, and the session's last bars would be left out; here only a later request answers them. Raw bars or
+# the vendor's history suffice.
 _FOLLOW_RAW_BARS = (
     (dg.AutomationCondition.newly_missing() | dg.AutomationCondition.any_deps_updated()).since(
         (dg.AutomationCondition.newly_requested() & ~dg.AutomationCondition.any_deps_updated())
         | dg.AutomationCondition.initial_evaluation()
     )
-    & ~dg.AutomationCondition.any_deps_missing()
+    & ~dg.AutomationCondition.all_deps_match(dg.AutomationCondition.missing())
     & ~dg.AutomationCondition.in_progress()
+)
+
+# Coverage says what is known before the vendor's history is there, and more when it is.
+_FOLLOW_BARS_BEFORE_HISTORY = _FOLLOW_BARS.replace(
+    "any_deps_missing", dg.AutomationCondition.any_deps_missing().ignore(dg.AssetSelection.assets("reference_bars"))
 )
 
 UNREADABLE_OBJECTS = "unreadable_objects"
@@ -51,7 +59,7 @@ raw_second_bars = dg.AssetSpec(
 
 
 @dg.asset(
-    deps=[raw_bars],
+    deps=[raw_bars, reference_bars],
     partitions_def=trading_days,
     io_manager_key="parquet",
     automation_condition=_FOLLOW_RAW_BARS,
@@ -59,7 +67,7 @@ raw_second_bars = dg.AssetSpec(
     kinds={"duckdb", "parquet"},
 )
 def normalized_bars(context: dg.AssetExecutionContext, lake: LakeResource) -> Path:
-    """Typed minute bars: one row a ticker and minute, the latest revision, sorted by ticker and time."""
+    """Typed minute bars, the best of stream and vendor's history: one row a ticker and minute, the latest word."""
     return _normalize(context, lake, Channel.MINUTE)
 
 
@@ -110,6 +118,47 @@ def derived_bars(
             yield dg.Output(target, output_name=name)
 
 
+@dg.asset(
+    deps=[reference_bars],
+    partitions_def=trading_days,
+    io_manager_key="parquet",
+    automation_condition=_FOLLOW_BARS_BEFORE_HISTORY,
+    group_name="bars",
+    kinds={"duckdb", "parquet"},
+)
+def bar_coverage(context: dg.AssetExecutionContext, lake: LakeResource, normalized_bars: Path) -> Path:
+    """A row a ticker: minutes expected, collected, traded, lost, repaired, corrected and late. With a picture."""
+    from base64 import b64encode
+
+    from polygon_pipeline.collector.account import connected_minutes, decode_ledger, subscribed_tickers
+    from polygon_pipeline.lake import layout
+    from polygon_pipeline.lake.datasets import MissingDataset, fetch_dataset
+    from polygon_pipeline.market import coverage
+    from polygon_pipeline.market.picture import MOST_TICKERS, heat_map
+
+    day = date.fromisoformat(context.partition_key)
+    opened, folder = lake.open(), lake.scratch()
+    reference: Path | None = None
+    with contextlib.suppress(MissingDataset):
+        reference = fetch_dataset(opened, "reference_bars", context.partition_key, folder)
+    contents = [opened.get(key) for key in opened.keys(layout.ledger_prefix(day))]
+    ledgers = [decode_ledger(content) for content in contents if content]
+    connected, subscribed = connected_minutes(ledgers), subscribed_tickers(ledgers)
+    target = folder / "coverage.parquet"
+    coverage.cover(day, normalized_bars, reference, connected, target, folder, subscribed)
+    shown = coverage.worst_first(target, MOST_TICKERS)
+    states = coverage.minute_states(day, normalized_bars, reference, connected, folder, subscribed, shown)
+    picture = b64encode(heat_map(day, states, shown)).decode()
+    context.add_output_metadata(
+        {
+            "picture": dg.MetadataValue.md(f"![coverage of {day}](data:image/png;base64,{picture})"),
+            "history": "known" if reference else "not there yet: a minute without a bar is no trade or lost, unknown",
+            **coverage.totals(target),
+        }
+    )
+    return target
+
+
 def _normalize(context: dg.AssetExecutionContext, lake: LakeResource, channel: Channel) -> Path:
     from polygon_pipeline.lake.raw import normalize_day
     from polygon_pipeline.market.transform import NoBars
@@ -121,15 +170,21 @@ def _normalize(context: dg.AssetExecutionContext, lake: LakeResource, channel: C
         raw = normalize_day(opened, date.fromisoformat(context.partition_key), channel, target, folder)
     except NoBars as error:
         raise dg.Failure(
-            f"{error} (channel {channel}) in {opened.uri}. Collect that day first, or choose one that was collected.",
+            f"{error} (channel {channel}) in {opened.uri}. Collect that day or materialize its reference_bars first.",
             allow_retries=False,
         ) from error
     for key, fault in raw.unreadable.items():
         context.log.warning(f"{opened.url(key)} could not be read: {fault}")
+    merge = raw.merge
     context.add_output_metadata(
         {
             "frame_files": raw.frame_files,
             "raw_objects_without_frames": raw.records,
+            "history": raw.reference.source if raw.reference else "none yet",
+            "bars_added_from_history": merge.added,
+            "bars_differing_from_history": merge.differing,
+            "bars_corrected_by_history": merge.corrected,
+            "differences": dg.MetadataValue.json(list(merge.examples)),
             UNREADABLE_OBJECTS: dg.MetadataValue.json(dict(sorted(raw.unreadable.items())[:100])),
         }
     )

@@ -6,6 +6,7 @@ from datetime import date
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from polygon_pipeline.defs.assets import UNREADABLE_OBJECTS
 from polygon_pipeline.defs.partitions import trading_days
@@ -14,6 +15,8 @@ from polygon_pipeline.market import quality
 from polygon_pipeline.market.bars import Channel
 
 _NORMALIZED = {"normalized_bars": Channel.MINUTE, "normalized_second_bars": Channel.SECOND}
+
+_NAMED = 20
 
 _RULES = {
     "schema": "The file's columns and types are the documented ones.",
@@ -68,4 +71,33 @@ def _unreadable(context: dg.AssetCheckExecutionContext, asset: str) -> dict[str,
     return value if isinstance(value, dict) else {}
 
 
-bar_checks = [_checks_of(asset, channel) for asset, channel in _NORMALIZED.items()]
+class CoverageConfig(dg.Config):
+    """What share of a ticker's traded minutes must be there, from the stream or by repair."""
+
+    least_share: float = Field(default=0.99, ge=0, le=1)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", dg.PreviewWarning)  # as above
+
+    @dg.asset_check(
+        asset="bar_coverage",
+        partitions_def=trading_days,
+        description="Every ticker has its share of the minutes in which it traded, as far as the history knows.",
+    )
+    def traded_minutes_are_there(
+        context: dg.AssetCheckExecutionContext, config: CoverageConfig, lake: LakeResource
+    ) -> dg.AssetCheckResult:
+        from polygon_pipeline.lake.datasets import fetch_dataset
+        from polygon_pipeline.market.coverage import worst
+
+        file = fetch_dataset(lake.open(), "bar_coverage", context.partition_key, lake.scratch())
+        short = worst(file, config.least_share)
+        named = [f"{found.ticker}: {found.collected} of {found.traded} minutes" for found in short[:_NAMED]]
+        return dg.AssetCheckResult(
+            passed=not short,
+            metadata={"tickers_below": len(short), "least_share": config.least_share, "worst": named},
+        )
+
+
+bar_checks = [*(_checks_of(asset, channel) for asset, channel in _NORMALIZED.items()), traded_minutes_are_there]

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Self
 
@@ -25,13 +25,14 @@ from pydantic import Field
 from polygon_pipeline import settings
 from polygon_pipeline.collector import launching
 from polygon_pipeline.defs.partitions import trading_days
-from polygon_pipeline.defs.resources import LakeResource, PolygonResource
+from polygon_pipeline.defs.resources import LakeResource, PolygonResource, simulated_market
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 
 if TYPE_CHECKING:
     from polygon_pipeline.collector.account import Gap
     from polygon_pipeline.collector.collector import Progress
+    from polygon_pipeline.simulator.faults import Faults
 
 SESSION_DATE_TAG = "polygon_pipeline/session_date"
 FEED_TAG = "polygon_pipeline/feed"
@@ -44,6 +45,7 @@ RAW_ASSETS = {Channel.MINUTE: "raw_bars", Channel.SECOND: "raw_second_bars"}
 
 # A simulated session is over in three minutes and should be seen growing.
 _DEMO_SPEED = 320.0
+_DEMO_DROP = timedelta(minutes=45)  # after the opening
 _CHECKPOINT_SECONDS = 300.0
 _DEMO_CHECKPOINT_SECONDS = 30.0
 _LOOK_AT_RUN_SECONDS = 5.0
@@ -163,12 +165,23 @@ def _feed(wanted: settings.Settings, day: date) -> Iterator[tuple[str, Ending]]:
         yield wanted.websocket_url, lambda: "the session is over" if datetime.now(UTC) >= end else None
         return
     from polygon_pipeline.simulator.exchange import Exchange
-    from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
-    from polygon_pipeline.simulator.tickers import WATCH_LIST
+    from polygon_pipeline.simulator.synthetic import SyntheticFeed
 
-    market = SyntheticMarket(WATCH_LIST if wanted.is_whole_market else wanted.tickers)
-    with Exchange(SyntheticFeed(market, day, wanted.channels), speed=_DEMO_SPEED, key=wanted.api_key) as exchange:
+    feed = SyntheticFeed(simulated_market(wanted), day, wanted.channels)
+    with Exchange(feed, speed=_DEMO_SPEED, key=wanted.api_key, faults=_demo_faults(day)) as exchange:
         yield exchange.url, lambda: "the simulated session is over" if exchange.finished.is_set() else None
+
+
+def _demo_faults(day: date) -> "Faults":
+    """What goes wrong in the demo, so that a gap and its repair are there to be seen: a connection that drops in the
+    morning, and a server that is busy when the collector comes back. Some minutes of the market are lost."""
+    from polygon_pipeline.simulator.faults import Fault, Faults, Kind
+
+    session = calendar.session(day)
+    if session is None:
+        return Faults()
+    at_ms = int((session.open + _DEMO_DROP).timestamp()) * 1000
+    return Faults([Fault(Kind.DROP, at_ms=at_ms), Fault(Kind.AUTH_TIMEOUT, at_ms=at_ms)])
 
 
 class _Stop:
@@ -248,7 +261,7 @@ def _report(context: dg.OpExecutionContext, feed: str, progress: "Progress") -> 
                         "bars_per_second": round(account.bars / max(progress.elapsed_seconds, 1e-9), 1),
                         "quarantined": account.quarantined,
                         "reconnects": max(0, len(account.connections) - 1),
-                        "gaps": dg.MetadataValue.json([_shown(gap) for gap in account.gaps()]),
+                        "gaps": dg.MetadataValue.json([_shown(gap) for gap in account.gaps(feed)]),
                         "last_received_at": str(account.last_received_at),
                         "backlog_bytes": progress.backlog_bytes,
                         "unpublished_seconds": round(progress.unpublished_seconds, 1),

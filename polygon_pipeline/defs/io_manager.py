@@ -89,7 +89,12 @@ def _column_schema(file: Path) -> dg.TableSchema:
 
     described = {
         field.name: field.metadata[b"description"].decode()
-        for schema in (schemas.RESAMPLED_BARS, schemas.DAILY_BARS, schemas.NORMALIZED_BARS)
+        for schema in (
+            schemas.BAR_COVERAGE,
+            schemas.RESAMPLED_BARS,
+            schemas.DAILY_BARS,
+            schemas.NORMALIZED_BARS,
+        )
         for field in schema
     }
     columns = pq.read_schema(file)

@@ -1,5 +1,6 @@
 """The resources: Polygon and the lake. They hold configuration and build clients when asked, never at import."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,9 +13,16 @@ from dagster_aws.s3 import S3Resource
 from pydantic import Field, PrivateAttr
 
 from polygon_pipeline import settings
+from polygon_pipeline.simulator.tickers import WATCH_LIST
 
 if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+    from polygon_pipeline.collector.history import Sources
     from polygon_pipeline.lake.store import Lake, S3Access
+    from polygon_pipeline.simulator.synthetic import SyntheticMarket
+
+_SIMULATED_REQUESTS_PER_MINUTE = 6000
 
 
 class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
@@ -37,6 +45,60 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
             "POLYGON_CHANNELS": self.channels if channels is None else channels,
         }
         return settings.load({**os.environ, **{name: value for name, value in overrides.items() if value is not None}})
+
+    @contextmanager
+    def history(self) -> Iterator["Sources"]:
+        """Where the vendor's history comes from; the built-in simulator's own where no REST URL is set.
+
+        Raises settings.ConfigurationError. The requests' limit is kept by a file beside the journals, so that all runs
+        of this machine keep it together.
+        """
+        from polygon_pipeline.collector.history import Sources
+        from polygon_pipeline.polygon.rate_limit import RateLimit
+        from polygon_pipeline.polygon.rest import RestHistory
+
+        wanted = self.settings()
+        with contextlib.nullcontext(wanted.rest_url) if wanted.rest_url else _simulated_history(wanted) as url:
+            limit = RateLimit.per_minute(
+                wanted.journal_dir / ".rest-limit",
+                wanted.rest_requests_per_minute if wanted.rest_url else _SIMULATED_REQUESTS_PER_MINUTE,
+            )
+            yield Sources(
+                rest=RestHistory(url, wanted.api_key, limit),
+                flat_files=_flat_files(wanted),
+                tickers=WATCH_LIST if wanted.is_simulated and wanted.is_whole_market else wanted.tickers,
+                requests_a_second=limit.a_second,
+                staging=wanted.journal_dir / ".history",
+                feed=wanted.feed,
+            )
+
+
+@contextmanager
+def _simulated_history(wanted: settings.Settings) -> Iterator[str]:
+    """Serves the past of the market whose days the built-in simulator sends; ends with the block."""
+    from polygon_pipeline.simulator.history import HistoryServer
+
+    with HistoryServer(simulated_market(wanted).day_bars, key=wanted.api_key) as server:
+        yield server.url
+
+
+def simulated_market(wanted: settings.Settings) -> "SyntheticMarket":
+    """The built-in simulator's market: a pure function of the tickers, so that its stream and its past agree."""
+    from polygon_pipeline.simulator.synthetic import SyntheticMarket
+
+    return SyntheticMarket(WATCH_LIST if wanted.is_whole_market else wanted.tickers)
+
+
+def _flat_files(wanted: settings.Settings) -> "ObjectStore | None":
+    if wanted.flat_files_url is None:
+        return None
+    import boto3
+
+    from polygon_pipeline.lake.store import S3Access, open_lake
+    from polygon_pipeline.polygon.flat_files import BUCKET
+
+    session = boto3.Session(wanted.flat_files_key_id, wanted.flat_files_secret, region_name="us-east-1")
+    return open_lake(f"s3://{BUCKET}", lambda: S3Access(session, wanted.flat_files_url)).store
 
 
 class LakeResource(dg.ConfigurableResource["LakeResource"]):

@@ -20,6 +20,7 @@ import duckdb
 
 from polygon_pipeline.market.calendar import session
 from polygon_pipeline.market.reference import read_reference_info
+from polygon_pipeline.market.schemas import BAR_COVERAGE
 from polygon_pipeline.market.transform import connect, copy
 
 if TYPE_CHECKING:
@@ -198,6 +199,15 @@ def worst_first(coverage: Path, limit: int) -> list[str]:
             {"file": str(coverage), "limit": limit},
         ).fetchall()
     return [ticker for (ticker,) in rows]
+
+
+def totals(coverage: Path) -> dict[str, int]:
+    """The sums of a bar_coverage file's counts of minutes, by column; the longest gap is the longest of any ticker."""
+    names = [name for name in BAR_COVERAGE.names if name not in ("ticker", "date", "share")]
+    sums = ", ".join(f"{'max' if name.startswith('longest') else 'sum'}({name})::BIGINT" for name in names)
+    with duckdb.connect() as connection:
+        [row] = connection.execute(f"SELECT {sums} FROM read_parquet($file)", {"file": str(coverage)}).fetchall()
+    return {name: value or 0 for name, value in zip(names, row, strict=True)}
 
 
 @contextlib.contextmanager

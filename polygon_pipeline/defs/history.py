@@ -1,0 +1,133 @@
+"""The vendor's history in Dagster: reference_bars, and the sensor that asks for it after a gap.
+
+Belongs here: how fetching shows in the UI, and when it is asked for. Does not belong here: fetching
+(collector.history) and what becomes of the bars (assets).
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.resources import LakeResource, PolygonResource
+from polygon_pipeline.settings import ConfigurationError
+
+if TYPE_CHECKING:
+    from polygon_pipeline.collector.history import Kept
+
+# As many days as one REST answer holds, so that a year of a ticker takes six requests and not 252. Flat files are a
+# day each whatever the run's length, and 50 of the whole market take some five minutes.
+_DAYS_A_RUN = 50
+
+# Sessions whose gaps are looked at: a gap in the last minutes of a day settles after the day's end.
+_SESSIONS_LOOKED_AT = 2
+
+
+@dg.asset(
+    partitions_def=trading_days,
+    backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=_DAYS_A_RUN),
+    output_required=False,
+    pool="history",
+    group_name="bars",
+    kinds={"rest", "parquet"},
+)
+def reference_bars(context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource) -> None:
+    """The vendor's own minute bars: flat files where there are credentials for them, else REST for the tickers.
+
+    Every day is reported as soon as it is kept, and none that could not be had.
+    """
+    from polygon_pipeline.collector.history import Kept, fetch_days
+    from polygon_pipeline.lake.store import LakeError
+    from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
+
+    days = [date.fromisoformat(key) for key in context.partition_keys]
+    problems: list[Exception] = []
+    try:
+        with polygon.history() as sources:
+            opened = lake.open()
+            opened.claim(sources.feed)
+            for result in fetch_days(opened, days, sources, lake.scratch(), datetime.now(UTC), context.log.info):
+                if isinstance(result, Kept):
+                    _report(context, result)
+                elif isinstance(result.problem, NotYetPublished):
+                    when = result.problem.next_try
+                    context.log.warning(
+                        f"{result.day} is skipped: {result.problem}"
+                        + (f" The next try is worth it from {when:%Y-%m-%d %H:%M} UTC on." if when else "")
+                    )
+                else:
+                    context.log.error(f"{result.day}: {result.problem}")
+                    problems.append(result.problem)
+    except (ConfigurationError, LakeError) as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    if problems:
+        passing = any(isinstance(problem, HistoryUnavailable) for problem in problems)
+        raise dg.Failure(
+            f"{len(problems)} of {len(days)} days could not be had; the first: {problems[0]}", allow_retries=passing
+        )
+
+
+def _report(context: dg.AssetExecutionContext, kept: "Kept") -> None:
+    """Materializes one day. The output itself would stand for all days of the run, at its end."""
+    tickers = "whole market" if kept.info.tickers is None else len(kept.info.tickers)
+    context.log_event(
+        dg.AssetMaterialization(
+            "reference_bars",
+            partition=kept.day.isoformat(),
+            metadata={
+                "dagster/row_count": kept.rows,
+                "source": kept.info.source,
+                "tickers": tickers,
+                "known_until": str(datetime.fromtimestamp(kept.info.until_ms / 1000, UTC)),
+                "changed": kept.changed,
+                **({"etag": kept.info.etag} if kept.info.etag else {}),
+            },
+        )
+    )
+
+
+reference_job = dg.define_asset_job(
+    "reference", selection=[reference_bars], description="Fetches the vendor's own minute bars of trading days."
+)
+
+
+@dg.sensor(
+    job=reference_job,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=30,
+    description="After a gap in the collection, asks for the vendor's history; the day's datasets then follow.",
+)
+def repair_sensor(
+    context: dg.SensorEvaluationContext, polygon: PolygonResource, lake: LakeResource
+) -> dg.SensorResult | dg.SkipReason:
+    from polygon_pipeline.collector.account import decode_ledger
+    from polygon_pipeline.collector.history import due_repairs, known_until
+    from polygon_pipeline.lake import layout
+    from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
+
+    try:
+        opened = lake.open()
+        requests = []
+        for day in _recent_sessions(context.instance):
+            ledgers = [
+                decode_ledger(content) for key in opened.keys(layout.ledger_prefix(day)) if (content := opened.get(key))
+            ]
+            due = due_repairs(ledgers, known_until(opened, day, lake.scratch()), datetime.now(UTC))
+            if due:
+                last = max(gap.last_minute for gap in due if gap.last_minute)
+                context.log.info(f"{day}: {len(due)} gaps to repair, the last up to {last:%H:%M} UTC")
+                key = day.isoformat()
+                requests.append(dg.RunRequest(run_key=f"{key}-{last.isoformat()}", partition_key=key))
+    except (*STORE_ERRORS, LakeError, ConfigurationError) as error:
+        return dg.SkipReason(f"the ledgers cannot be read: {brief(error)}")
+    if not requests:
+        return dg.SkipReason("no gap to repair that the vendor's history could fill by now")
+    return dg.SensorResult(run_requests=requests)
+
+
+def _recent_sessions(instance: dg.DagsterInstance) -> Sequence[date]:
+    """The last trading days with raw bars; the demo's are days ago."""
+    collected = sorted(instance.get_materialized_partitions(dg.AssetKey("raw_bars")))
+    return [date.fromisoformat(key) for key in collected[-_SESSIONS_LOOKED_AT:]]
