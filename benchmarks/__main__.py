@@ -48,26 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     options.folder.mkdir(parents=True, exist_ok=True)
+    reports = options.folder / ("reports-full" if options.full else "reports")
+    reports.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="scratch-") as scratch:
-        reports = _reports(
-            Run(options.full, options.seed, options.folder.resolve(), Path(scratch).resolve()), options.names
-        )
+        run = Run(options.full, options.seed, options.folder.resolve(), Path(scratch).resolve())
+        print(_machine(run))
+        for name in options.names or NAMES:
+            (reports / f"{name}.md").write_text(_report(run, name))
     if options.write:
-        introduction = (_HERE / "introduction.md").read_text()
-        (_HERE / "RESULTS.md").write_text("\n\n".join([introduction.rstrip(), *reports]) + "\n")
+        # Those that did not run now as they were last time.
+        found = [file.read_text() for name in NAMES if (file := reports / f"{name}.md").exists()]
+        introduction = (_HERE / "introduction.md").read_text().rstrip()
+        (_HERE / "RESULTS.md").write_text("\n\n".join([introduction, _machine(run), *found]) + "\n")
 
 
-def _reports(run: Run, names: Sequence[str]) -> list[str]:
-    reports = [_machine(run)]
-    print(reports[0])
-    for name in names or NAMES:
-        started = time.monotonic()
-        say(f"{name} …")
-        for table in importlib.import_module(f"benchmarks.{name}").benchmark(run):
-            reports.append(table.markdown())
-            print(f"\n{reports[-1]}", flush=True)
-        say(f"{name} took {time.monotonic() - started:.0f} s")
-    return reports
+def _report(run: Run, name: str) -> str:
+    started = time.monotonic()
+    say(f"{name} …")
+    tables = []
+    for table in importlib.import_module(f"benchmarks.{name}").benchmark(run):
+        tables.append(table.markdown())
+        print(f"\n{tables[-1]}", flush=True)
+    say(f"{name} took {time.monotonic() - started:.0f} s")
+    return "\n\n".join(tables)
 
 
 def _machine(run: Run) -> str:

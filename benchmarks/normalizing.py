@@ -60,7 +60,7 @@ def bare_duckdb(run: Run, tickers: int, channel: Channel) -> Callable[[], Path]:
 
     def work() -> Path:
         with duckdb.connect(config={"memory_limit": "1GB", "threads": 2, "temp_directory": str(spill)}) as connection:
-            connection.execute("SET TimeZone = 'UTC'")
+            connection.execute("SET enable_progress_bar = false; SET TimeZone = 'UTC'")
             connection.execute(_BARE.format(files=[str(file) for file in files], channel=channel, target=target))
         return target
 

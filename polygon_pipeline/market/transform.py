@@ -428,7 +428,7 @@ def connect(folder: Path) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(
         config={"memory_limit": _MEMORY_LIMIT, "temp_directory": str(folder / "spill"), "threads": _THREADS}
     )
-    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET enable_progress_bar = false; SET TimeZone = 'UTC'")
     return connection
 
 
