@@ -22,7 +22,8 @@ from urllib.parse import quote
 import msgspec
 from obstore.store import ObjectStore
 
-from polygon_pipeline.collector.account import SIMULATED, Gap, Ledger
+from polygon_pipeline.collector.account import SIMULATED, Gap, Ledger, decode_ledger
+from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.datasets import MissingDataset, fetch_dataset, put_dataset
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import reference
@@ -47,7 +48,7 @@ _TOLD_EVERY_SECONDS = 30.0
 @dataclass(frozen=True)
 class Sources:
     """Where history comes from. flat_files: the vendor's bucket, where there are credentials for it. tickers: whom to
-    ask REST for, `("*",)` for whoever traded. feed: simulated days are all in the past, whatever the clock says."""
+    ask REST for, `("*",)` for whoever traded. feed: a simulated one may have a clock of its own."""
 
     rest: RestHistory
     flat_files: ObjectStore | None
@@ -109,17 +110,36 @@ def fetch_days(
             yield from (NotKept(day, problem) for day in span)
 
 
-def due_repairs(ledgers: Iterable[Ledger], known_until_ms: int, now: datetime) -> list[Gap]:
+def due_repairs(ledgers: Sequence[Ledger], known_until_ms: int, now: datetime) -> list[Gap]:
     """The gaps that the history can fill now: over, settled, and reaching beyond what the reference knows already."""
+    clock = market_time(ledgers, now)
     return [
         gap
         for ledger in ledgers
         for gap in ledger.gaps
         if gap.first_minute
         and gap.last_minute
-        and (ledger.feed == SIMULATED or gap.last_minute + SETTLED + timedelta(minutes=1) <= now)
+        and gap.last_minute + timedelta(minutes=1) + SETTLED <= clock
         and gap.last_minute.timestamp() * 1000 >= known_until_ms
     ]
+
+
+def read_ledgers(lake: Lake, day: date) -> list[Ledger]:
+    """The accounts of all runs that got bars of a day."""
+    contents = [lake.get(key) for key in lake.keys(layout.ledger_prefix(day))]
+    return [decode_ledger(content) for content in contents if content]
+
+
+def market_time(ledgers: Iterable[Ledger], now: datetime) -> datetime:
+    """The feed's own time: now, but the newest bar's end where a simulator is on its way through a past day."""
+    newest_ms = [
+        connection.last_bar_ms
+        for ledger in ledgers
+        if ledger.feed == SIMULATED and not ledger.complete
+        for connection in ledger.account.connections
+        if connection.last_bar_ms
+    ]
+    return datetime.fromtimestamp(max(newest_ms) / 1000 + 60, UTC) if newest_ms else now
 
 
 def known_until(lake: Lake, day: date, folder: Path) -> int:
@@ -154,12 +174,13 @@ def _from_rest(
             "POLYGON_TICKERS, or raise POLYGON_REST_REQUESTS_PER_MINUTE to what the plan allows."
         )
     staging = sources.staging / f"{days[0]}_{days[-1]}"
-    files = _stage(tickers, days, sources, staging, now, tell)
-    asked_at = min(_asked_at(file) for file in files)
+    ledgers = read_ledgers(lake, days[-1]) if sources.feed == SIMULATED else []
+    files = _stage(tickers, days, sources, staging, market_time(ledgers, now), tell)
+    asked_at = market_time(ledgers, min(_asked_at(file) for file in files))
     for day in days:
         scratch = _new(folder, day)
         made = scratch / "made.parquet"
-        until_ms = _until_ms(day, asked_at, sources.feed)
+        until_ms = _until_ms(day, asked_at)
         reference.from_pages(day, files, tickers, until_ms, made, scratch)
         old = _existing(lake, day, scratch)
         info = reference.read_reference_info(old) if old else None
@@ -192,12 +213,15 @@ def _stage(
     now: datetime,
     tell: Callable[[str], object],
 ) -> list[Path]:
-    """Fetches every ticker's answers into a file of its own, unless an earlier run has; returns the files."""
+    """Fetches every ticker's answers into a file of its own, unless an earlier run has; returns the files.
+
+    Answers that an earlier run got before the last day was over are not used: there is more by now.
+    """
     staging.mkdir(parents=True, exist_ok=True)
     staged = {file.name.partition("@")[0]: file for file in staging.glob("*.jsonl")}
     for name, file in list(staged.items()):
         asked_at = _asked_at(file)
-        if now - asked_at > _STAGED_FOR or not _is_over(days[-1], asked_at, sources.feed):
+        if now - asked_at > _STAGED_FOR or not _is_over(days[-1], min(asked_at, now)):
             file.unlink()
             del staged[name]
     missing = [ticker for ticker in tickers if _name(ticker) not in staged]
@@ -239,18 +263,18 @@ def _tickers(days: Sequence[date], sources: Sources) -> list[str]:
     return sorted(traded)
 
 
-def _until_ms(day: date, asked_at: datetime, feed: str) -> int:
+def _until_ms(day: date, asked_at: datetime) -> int:
     """Before which start a day's bars are known that were asked for then."""
-    if _is_over(day, asked_at, feed):
+    if _is_over(day, asked_at):
         return day_bounds_ms(day)[1]
     settled = asked_at - SETTLED
     return int(settled.replace(second=0, microsecond=0).timestamp()) * 1000
 
 
-def _is_over(day: date, asked_at: datetime, feed: str) -> bool:
+def _is_over(day: date, asked_at: datetime) -> bool:
     """Whether all of a day's bars were final when they were asked for."""
     found = session(day)
-    return feed == SIMULATED or found is None or found.post_close + SETTLED <= asked_at
+    return found is None or found.post_close + SETTLED <= asked_at
 
 
 def _existing(lake: Lake, day: date, folder: Path) -> Path | None:

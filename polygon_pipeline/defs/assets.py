@@ -130,8 +130,8 @@ def bar_coverage(context: dg.AssetExecutionContext, lake: LakeResource, normaliz
     """A row a ticker: minutes expected, collected, traded, lost, repaired, corrected and late. With a picture."""
     from base64 import b64encode
 
-    from polygon_pipeline.collector.account import connected_minutes, decode_ledger, subscribed_tickers
-    from polygon_pipeline.lake import layout
+    from polygon_pipeline.collector.account import connected_minutes, subscribed_tickers
+    from polygon_pipeline.collector.history import read_ledgers
     from polygon_pipeline.lake.datasets import MissingDataset, fetch_dataset
     from polygon_pipeline.market import coverage
     from polygon_pipeline.market.picture import MOST_TICKERS, heat_map
@@ -141,8 +141,7 @@ def bar_coverage(context: dg.AssetExecutionContext, lake: LakeResource, normaliz
     reference: Path | None = None
     with contextlib.suppress(MissingDataset):
         reference = fetch_dataset(opened, "reference_bars", context.partition_key, folder)
-    contents = [opened.get(key) for key in opened.keys(layout.ledger_prefix(day))]
-    ledgers = [decode_ledger(content) for content in contents if content]
+    ledgers = read_ledgers(opened, day)
     connected, subscribed = connected_minutes(ledgers), subscribed_tickers(ledgers)
     target = folder / "coverage.parquet"
     coverage.cover(day, normalized_bars, reference, connected, target, folder, subscribed)

@@ -102,19 +102,14 @@ reference_job = dg.define_asset_job(
 def repair_sensor(
     context: dg.SensorEvaluationContext, polygon: PolygonResource, lake: LakeResource
 ) -> dg.SensorResult | dg.SkipReason:
-    from polygon_pipeline.collector.account import decode_ledger
-    from polygon_pipeline.collector.history import due_repairs, known_until
-    from polygon_pipeline.lake import layout
+    from polygon_pipeline.collector.history import due_repairs, known_until, read_ledgers
     from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
 
     try:
         opened = lake.open()
         requests = []
         for day in _recent_sessions(context.instance):
-            ledgers = [
-                decode_ledger(content) for key in opened.keys(layout.ledger_prefix(day)) if (content := opened.get(key))
-            ]
-            due = due_repairs(ledgers, known_until(opened, day, lake.scratch()), datetime.now(UTC))
+            due = due_repairs(read_ledgers(opened, day), known_until(opened, day, lake.scratch()), datetime.now(UTC))
             if due:
                 last = max(gap.last_minute for gap in due if gap.last_minute)
                 context.log.info(f"{day}: {len(due)} gaps to repair, the last up to {last:%H:%M} UTC")

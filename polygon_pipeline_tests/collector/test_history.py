@@ -14,7 +14,15 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from polygon_pipeline.collector.account import Gap, Ledger, connected_minutes, decode_ledger, subscribed_tickers
+from polygon_pipeline.collector.account import (
+    Connected,
+    Gap,
+    Ledger,
+    connected_minutes,
+    decode_ledger,
+    encode_ledger,
+    subscribed_tickers,
+)
 from polygon_pipeline.collector.collector import Collector, Plan
 from polygon_pipeline.collector.history import DATASET, Kept, NotKept, Sources, due_repairs, fetch_days, known_until
 from polygon_pipeline.lake import layout
@@ -240,8 +248,24 @@ def test_a_gap_is_repaired_once_its_last_minute_has_settled(now: str, known: str
     assert len(due_repairs(ledgers, known_ms, _at(now))) == due
 
 
-def test_a_simulated_gap_is_repaired_at_once_because_its_day_is_over() -> None:
-    assert len(due_repairs([_ledger("simulated", ("14:50", "15:00"))], 0, _at("01:00"))) == 1
+def test_a_simulator_on_its_way_through_a_past_day_has_a_clock_of_its_own(file_lake: Lake, tmp_path: Path) -> None:
+    """What is still to come by that clock is not taken from the history, and the gap waits for it to pass."""
+    ledger = _ledger("simulated", ("14:50", "15:00"))
+    ledger.account.connections = [Connected(LATER, last_bar_ms=int(_at("15:15").timestamp() * 1000))]
+    assert due_repairs([ledger], 0, LATER) == []
+    ledger.account.connections[0].last_bar_ms = int(_at("15:16").timestamp() * 1000)
+    assert len(due_repairs([ledger], 0, LATER)) == 1
+    file_lake.put(layout.ledger_key(DAY, "r"), encode_ledger(ledger))
+    with vendor(tmp_path) as vendor_:
+        sources = replace(vendor_.sources(), feed="simulated")
+        [partial] = fetched(file_lake, [DAY], sources, tmp_path)
+        ledger.complete = True
+        file_lake.put(layout.ledger_key(DAY, "r"), encode_ledger(ledger))
+        [whole] = fetched(file_lake, [DAY], sources, tmp_path)
+    assert isinstance(partial, Kept)
+    assert isinstance(whole, Kept)
+    assert partial.info.until_ms == int(_at("15:01").timestamp() * 1000)
+    assert whole.rows == len(truth()) > partial.rows > 0
 
 
 # The whole way: what the simulator planned is what the coverage says.
