@@ -1,46 +1,290 @@
-"""The schedule after the close: what it asks for, and what it says when it asks for nothing."""
+"""The schedules: what they ask for, and what they say when they ask for nothing."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Iterable, Iterator
+from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from polygon_pipeline.defs.schedules import after_close_schedule
+from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.defs import schedules
+from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.schedules import after_close_schedule, catch_up_schedule, reference_schedule
+from polygon_pipeline.defs.staleness import INPUTS, REFERENCE, reference_is_due, stale_datasets
+from polygon_pipeline.market import calendar
 from polygon_pipeline.market.calendar import NEW_YORK
 
+_MINUTE_DATASETS = ["normalized_bars", "bars_5m", "bars_15m", "bars_1h", "daily_bars", "bar_coverage"]
+_RAW = ["raw_bars", "raw_second_bars"]
+_ALL = [*_RAW, REFERENCE, *INPUTS]
 
-def _tick(instance: dg.DagsterInstance, day: str) -> dg.RunRequest | dg.SkipReason:
-    at = datetime.fromisoformat(f"{day}T20:30:00").replace(tzinfo=NEW_YORK)
-    result = after_close_schedule(dg.build_schedule_context(instance=instance, scheduled_execution_time=at))
+# The trading days that the night of _NIGHT looks at. The flat file of the last is not published then.
+_NIGHT = "2020-11-24"
+_DAYS = [f"2020-11-{day}" for day in (10, 11, 12, 13, 16, 17, 18, 19, 20, 23)]
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.instance_for_test() as instance:
+        yield instance
+
+
+def _context(instance: dg.DagsterInstance, day: str, at: str) -> dg.ScheduleEvaluationContext:
+    when = datetime.fromisoformat(f"{day}T{at}:00").replace(tzinfo=NEW_YORK)
+    return dg.build_schedule_context(instance=instance, scheduled_execution_time=when)
+
+
+def _after_close(instance: dg.DagsterInstance, day: str) -> dg.RunRequest | dg.SkipReason:
+    result = after_close_schedule(_context(instance, day, "20:30"))
     assert isinstance(result, dg.RunRequest | dg.SkipReason)
     return result
 
 
-def test_a_closed_day_is_skipped_and_the_next_session_named() -> None:
-    with dg.instance_for_test() as instance:
-        skip = _tick(instance, "2026-11-26")
+def _reference(instance: dg.DagsterInstance, day: str) -> dg.RunRequest | dg.SkipReason:
+    result = reference_schedule(_context(instance, day, "11:30"))
+    assert isinstance(result, dg.RunRequest | dg.SkipReason)
+    return result
+
+
+def _catch_up(instance: dg.DagsterInstance, night: str = _NIGHT) -> list[dg.RunRequest]:
+    result = catch_up_schedule(_context(instance, night, "02:00"))
+    assert isinstance(result, list)
+    return result
+
+
+def _why_not(instance: dg.DagsterInstance, night: str = _NIGHT) -> str:
+    result = catch_up_schedule(_context(instance, night, "02:00"))
+    assert isinstance(result, dg.SkipReason)
+    return result.skip_message or ""
+
+
+def _asked(requests: Iterable[dg.RunRequest]) -> list[tuple[str | None, list[str]]]:
+    return [(request.partition_key, _names(request)) for request in requests]
+
+
+def _names(request: dg.RunRequest) -> list[str]:
+    return [key.to_user_string() for key in request.asset_selection or []]
+
+
+def _report(instance: dg.DagsterInstance, names: Iterable[str], days: Iterable[str]) -> None:
+    for day in days:
+        for name in names:
+            instance.report_runless_asset_event(dg.AssetMaterialization(name, partition=day))
+
+
+def test_a_closed_day_is_skipped_and_the_next_session_named(instance: dg.DagsterInstance) -> None:
+    skip = _after_close(instance, "2026-11-26")
     assert isinstance(skip, dg.SkipReason)
     assert skip.skip_message == "2026-11-26 is not a trading day; the next is 2026-11-27"
 
 
-def test_a_day_on_which_nothing_was_collected_is_skipped() -> None:
-    with dg.instance_for_test() as instance:
-        skip = _tick(instance, "2026-11-20")
+def test_a_day_on_which_nothing_was_collected_is_skipped(instance: dg.DagsterInstance) -> None:
+    skip = _after_close(instance, "2026-11-20")
     assert isinstance(skip, dg.SkipReason)
     assert "no raw bars of 2026-11-20" in (skip.skip_message or "")
 
 
-def test_the_collected_channels_datasets_are_made() -> None:
-    with dg.instance_for_test() as instance:
-        instance.report_runless_asset_event(dg.AssetMaterialization("raw_bars", partition="2026-11-20"))
-        request = _tick(instance, "2026-11-20")
+def test_the_collected_channels_datasets_are_made(instance: dg.DagsterInstance) -> None:
+    _report(instance, ["raw_bars"], ["2026-11-20"])
+    request = _after_close(instance, "2026-11-20")
     assert isinstance(request, dg.RunRequest)
     assert request.partition_key == "2026-11-20"
-    assert {key.to_user_string() for key in request.asset_selection or []} == {
-        "normalized_bars",
-        "bars_5m",
-        "bars_15m",
-        "bars_1h",
-        "daily_bars",
-    }
+    assert _names(request) == _MINUTE_DATASETS
+
+
+@pytest.mark.parametrize(
+    ("today", "last"),
+    [("2026-11-20", "2026-11-19"), ("2026-11-23", "2026-11-20"), ("2026-11-27", "2026-11-25")],
+)
+def test_on_a_trading_day_the_reference_of_the_one_before_is_asked_for(
+    instance: dg.DagsterInstance, today: str, last: str
+) -> None:
+    request = _reference(instance, today)
+    assert isinstance(request, dg.RunRequest)
+    assert request.partition_key == request.run_key == last
+
+
+def test_on_a_closed_day_no_reference_is_asked_for_and_the_next_time_is_told(instance: dg.DagsterInstance) -> None:
+    skip = _reference(instance, "2026-11-21")
+    assert isinstance(skip, dg.SkipReason)
+    assert skip.skip_message == "2026-11-21 is not a trading day; the next is 2026-11-23, 11:30 New York time"
+
+
+def test_days_of_which_there_is_nothing_are_made_from_the_reference_once_it_is_out(
+    instance: dg.DagsterInstance,
+) -> None:
+    assert _asked(_catch_up(instance)) == [(day, [REFERENCE]) for day in _DAYS[:-1]]
+
+
+def test_when_all_is_up_to_date_it_says_which_days_were_looked_at(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 2)
+    _report(instance, _ALL, _DAYS[-2:])
+    assert _why_not(instance).startswith("looked at 2 trading days, 2020-11-20 to 2020-11-23: nothing")
+
+
+def test_only_what_is_missing_or_older_and_what_follows_from_it_is_asked_for(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 3)
+    _report(instance, [name for name in _ALL if name != "bars_1h"], ["2020-11-19"])
+    _report(instance, ["raw_second_bars"], ["2020-11-19"])
+    _report(instance, [*_ALL, "raw_bars"], ["2020-11-20"])
+    _report(instance, [*_ALL, "normalized_bars"], ["2020-11-23"])
+    assert _asked(_catch_up(instance)) == [
+        ("2020-11-19", ["bars_1h", "normalized_second_bars"]),
+        ("2020-11-20", _MINUTE_DATASETS),
+        ("2020-11-23", _MINUTE_DATASETS[1:]),
+    ]
+
+
+def test_datasets_do_not_wait_for_a_reference_that_may_never_come(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 2)
+    _report(instance, ["raw_bars"], ["2020-11-20"])
+    assert _asked(_catch_up(instance)) == [("2020-11-20", [REFERENCE]), ("2020-11-20", _MINUTE_DATASETS)]
+
+
+def test_a_reference_from_before_the_day_was_out_is_asked_for_again(instance: dg.DagsterInstance) -> None:
+    later = datetime.now(NEW_YORK) + timedelta(days=60)
+    day = calendar.completed_sessions(later, 5)[0].isoformat()
+    _report(instance, [REFERENCE], [day])  # today, long before that day
+    assert (day, [REFERENCE]) in _asked(_catch_up(instance, later.date().isoformat()))
+
+
+@pytest.mark.parametrize(
+    ("tags", "busy"),
+    [
+        ({"dagster/partition": "2020-11-19"}, {"2020-11-19"}),
+        (
+            {"dagster/asset_partition_range_start": "2020-11-14", "dagster/asset_partition_range_end": "2020-11-19"},
+            {"2020-11-16", "2020-11-17", "2020-11-18", "2020-11-19"},
+        ),
+        ({}, set()),
+    ],
+)
+def test_a_day_that_a_run_is_making_is_left_alone_until_it_has_ended(
+    instance: dg.DagsterInstance, tags: dict[str, str], busy: set[str]
+) -> None:
+    run = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"), tags=tags)
+    assert {request.partition_key for request in _catch_up(instance)} == set(_DAYS[:-1]) - busy
+    instance.report_run_failed(run)
+    assert {request.partition_key for request in _catch_up(instance)} == set(_DAYS[:-1])
+
+
+def test_when_nothing_is_asked_for_it_names_the_days_left_alone(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 2)
+    job = build_defs().get_job_def("collect_aggregates")
+    instance.create_run_for_job(job, tags={"dagster/partition": "2020-11-20"})
+    assert _why_not(instance).endswith("left alone, as runs of them are not finished: 2020-11-20")
+
+
+def test_the_next_night_may_ask_for_the_same_day_again(instance: dg.DagsterInstance) -> None:
+    tonight, again, tomorrow = (
+        {request.run_key for request in _catch_up(instance, night)} for night in (_NIGHT, _NIGHT, "2020-11-25")
+    )
+    assert len(tonight) == 9
+    assert tonight == again
+    assert not tonight & tomorrow
+
+
+def test_night_after_night_all_is_made_and_then_nothing_is_asked_for(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs are carried out by assets that do nothing; no sensor helps."""
+    monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 2)
+    _report(instance, ["raw_bars"], ["2020-11-23"])
+    repository = _stub_repository()
+    nights = []
+    for _ in range(3):
+        with dg.build_schedule_context(
+            instance=instance,
+            scheduled_execution_time=datetime(2020, 11, 24, 2, tzinfo=NEW_YORK),
+            repository_def=repository,
+        ) as context:
+            requests = catch_up_schedule.evaluate_tick(context).run_requests or []
+        for request in requests:
+            selected = [dg.AssetKey(name) for name in _names(request)]
+            repository.get_job("catch_up").execute_in_process(
+                instance=instance, partition_key=request.partition_key, asset_selection=selected
+            )
+        nights.append(_asked(requests))
+    assert nights == [
+        [("2020-11-20", [REFERENCE]), ("2020-11-23", _MINUTE_DATASETS)],
+        [("2020-11-20", _MINUTE_DATASETS)],
+        [],
+    ]
+
+
+def _stub_repository() -> dg.RepositoryDefinition:
+    """The schedules' jobs over assets that do nothing."""
+
+    def nothing() -> None: ...
+
+    assets: list[dg.AssetSpec | dg.AssetsDefinition] = [
+        dg.AssetSpec(name, partitions_def=trading_days) for name in _RAW
+    ]
+    for name, inputs in {REFERENCE: (), **INPUTS}.items():
+        assets.append(dg.asset(name=name, deps=list(inputs), partitions_def=trading_days)(nothing))
+    jobs = [schedules.daily_datasets_job, schedules.reference_job, schedules.catch_up_job]
+    every = [after_close_schedule, reference_schedule, catch_up_schedule]
+    defs = dg.Definitions(assets=assets, jobs=jobs, schedules=every, executor=dg.in_process_executor)
+    return defs.get_repository_def()
+
+
+_makings = st.dictionaries(st.sampled_from(_ALL), st.integers(0, 20))
+
+
+@given(_makings)
+def test_what_is_asked_for_makes_once_done_nothing_stale(made: dict[str, int]) -> None:
+    asked = stale_datasets(made)
+    assert len(set(asked)) == len(asked)
+    assert stale_datasets(_done(made, asked)) == []
+
+
+@given(st.lists(st.sampled_from([*_RAW, REFERENCE])), _makings)
+def test_a_day_made_after_all_its_inputs_is_left_alone(inputs: list[str], before: dict[str, int]) -> None:
+    assert stale_datasets(_done(before, [*inputs, *INPUTS])) == []
+
+
+@given(_makings)
+def test_a_dataset_is_asked_for_when_something_on_the_way_to_it_is_out_of_order(made: dict[str, int]) -> None:
+    def outdated(name: str) -> bool:
+        inputs = INPUTS.get(name, ())
+        return any(made.get(needed, -1) > made.get(name, -1) or outdated(needed) for needed in inputs)
+
+    assert set(stale_datasets(made)) == {name for name in INPUTS if outdated(name)}
+
+
+def _done(made: dict[str, int], names: list[str]) -> dict[str, int]:
+    return {**made, **{name: 100 + n for n, name in enumerate(names)}}
+
+
+@pytest.mark.parametrize(
+    ("made_at", "now", "due"),
+    [
+        (None, "2026-11-21T10:59", False),
+        (None, "2026-11-21T11:00", True),
+        ("2026-11-20T12:00", "2026-11-21T02:00", False),
+        ("2026-11-20T12:00", "2026-11-22T02:00", True),
+        ("2026-11-21T10:59", "2026-11-22T02:00", True),
+        ("2026-11-21T11:00", "2026-11-22T02:00", False),
+    ],
+)
+def test_a_reference_is_due_when_the_history_is_out_and_ours_is_from_before(
+    made_at: str | None, now: str, due: bool
+) -> None:
+    made = None if made_at is None else _moment(made_at)
+    assert reference_is_due(date(2026, 11, 20), made, _moment(now)) is due
+
+
+def _moment(new_york: str) -> datetime:
+    return datetime.fromisoformat(new_york).replace(tzinfo=NEW_YORK).astimezone(UTC)
