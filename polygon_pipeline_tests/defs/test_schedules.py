@@ -240,6 +240,13 @@ def _stub_repository() -> dg.RepositoryDefinition:
     return defs.get_repository_def()
 
 
+def test_the_inputs_are_those_of_the_asset_graph() -> None:
+    graph = build_defs().get_repository_def().asset_graph
+    assert {name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys} for name in INPUTS} == {
+        name: set(inputs) for name, inputs in INPUTS.items()
+    }
+
+
 _makings = st.dictionaries(st.sampled_from(_ALL), st.integers(0, 20))
 
 
