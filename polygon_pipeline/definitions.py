@@ -29,9 +29,9 @@ def build_defs(resources: Mapping[str, object] | None = None) -> dg.Definitions:
             assets.bar_coverage,
         ],
         asset_checks=bar_checks,
-        jobs=[collect_aggregates_job, schedules.daily_datasets_job, history.reference_job],
+        jobs=[collect_aggregates_job, schedules.daily_datasets_job, schedules.catch_up_job, history.reference_job],
         sensors=[sensors.market_session_sensor, sensors.datasets_follow_sensor, history.repair_sensor],
-        schedules=[schedules.after_close_schedule],
+        schedules=[schedules.after_close_schedule, schedules.reference_schedule, schedules.catch_up_schedule],
         resources={
             "s3": s3,
             "lake": lake,

@@ -12,6 +12,7 @@ import dagster as dg
 
 from polygon_pipeline.defs.partitions import trading_days
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
+from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline.settings import ConfigurationError
 
 if TYPE_CHECKING:
@@ -70,12 +71,19 @@ def reference_bars(context: dg.AssetExecutionContext, polygon: PolygonResource, 
 
 
 def _report(context: dg.AssetExecutionContext, kept: "Kept") -> None:
-    """Materializes one day. The output itself would stand for all days of the run, at its end."""
+    """Materializes one day. The output itself would stand for all days of the run, at its end.
+
+    What is known to be final and was found unchanged is not reported again: nothing needs to follow it.
+    """
+    key = kept.day.isoformat()
+    if not kept.changed and _made_at(context.instance, key) >= expected_at(kept.day):
+        context.log.info(f"{key} is as it was")
+        return
     tickers = "whole market" if kept.info.tickers is None else len(kept.info.tickers)
     context.log_event(
         dg.AssetMaterialization(
             "reference_bars",
-            partition=kept.day.isoformat(),
+            partition=key,
             metadata={
                 "dagster/row_count": kept.rows,
                 "source": kept.info.source,
@@ -86,6 +94,13 @@ def _report(context: dg.AssetExecutionContext, kept: "Kept") -> None:
             },
         )
     )
+
+
+def _made_at(instance: dg.DagsterInstance, partition: str) -> datetime:
+    """When a day was last reported."""
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("reference_bars"), asset_partitions=[partition])
+    records = instance.fetch_materializations(wanted, limit=1).records
+    return datetime.fromtimestamp(records[0].timestamp if records else 0, UTC)
 
 
 reference_job = dg.define_asset_job(

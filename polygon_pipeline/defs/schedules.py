@@ -6,12 +6,16 @@ from datetime import UTC, date, datetime, timedelta
 import dagster as dg
 
 from polygon_pipeline.defs.collect import RAW_ASSETS
+from polygon_pipeline.defs.history import reference_job
 from polygon_pipeline.defs.staleness import INPUTS, REFERENCE, reference_is_due, stale_datasets
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 
 # Two weeks: what failed while nobody looked is made once the cause is gone. Older days are a backfill.
 CATCH_UP_DAYS = 10
+
+# Published files are replaced within days, if at all.
+REPLACED_DAYS = 5
 
 _OF_CHANNEL = {
     Channel.MINUTE: ["normalized_bars", "bars_5m", "bars_15m", "bars_1h", "daily_bars", "bar_coverage"],
@@ -23,12 +27,6 @@ daily_datasets_job = dg.define_asset_job(
     "daily_datasets",
     selection=[name for names in _OF_CHANNEL.values() for name in names],
     description="Makes all datasets of a trading day from its raw bars.",
-)
-
-reference_job = dg.define_asset_job(
-    "reference",
-    selection=[REFERENCE],
-    description="Fetches the vendor's own bars of a trading day.",
 )
 
 # A schedule's runs are all of one job.
@@ -67,14 +65,19 @@ def after_close_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest
     cron_schedule="30 11 * * *",  # a day's flat file is published by about 11:00 of the next
     execution_timezone=str(calendar.NEW_YORK),
     default_status=dg.DefaultScheduleStatus.RUNNING,
-    description="Fetches the vendor's bars of the last trading day; its datasets follow.",
+    description="Fetches the vendor's bars of the last trading day, and of those before it whose files were replaced; "
+    "their datasets follow.",
 )
 def reference_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     today = _new_york_date(context)
     if calendar.session(today) is None:
         return dg.SkipReason(f"{_closed(today)}, 11:30 New York time")
-    key = calendar.trading_days(today - timedelta(days=14), today - timedelta(days=1))[-1].isoformat()
-    return dg.RunRequest(run_key=key, partition_key=key)
+    days = calendar.trading_days(today - timedelta(days=21), today - timedelta(days=1))[-REPLACED_DAYS:]
+    first, last = days[0].isoformat(), days[-1].isoformat()
+    # One run for all: a file that is as it was costs one request, and REST answers hold fifty days anyway.
+    return dg.RunRequest(
+        run_key=last, tags={"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
+    )
 
 
 @dg.schedule(

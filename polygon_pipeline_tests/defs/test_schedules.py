@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import schedules
+from polygon_pipeline.defs.history import reference_job
 from polygon_pipeline.defs.partitions import trading_days
 from polygon_pipeline.defs.schedules import after_close_schedule, catch_up_schedule, reference_schedule
 from polygon_pipeline.defs.staleness import INPUTS, REFERENCE, reference_is_due, stale_datasets
@@ -97,15 +98,21 @@ def test_the_collected_channels_datasets_are_made(instance: dg.DagsterInstance) 
 
 
 @pytest.mark.parametrize(
-    ("today", "last"),
-    [("2026-11-20", "2026-11-19"), ("2026-11-23", "2026-11-20"), ("2026-11-27", "2026-11-25")],
+    ("today", "first", "last"),
+    [
+        ("2026-11-20", "2026-11-13", "2026-11-19"),
+        ("2026-11-23", "2026-11-16", "2026-11-20"),
+        ("2026-11-27", "2026-11-19", "2026-11-25"),
+    ],
 )
-def test_on_a_trading_day_the_reference_of_the_one_before_is_asked_for(
-    instance: dg.DagsterInstance, today: str, last: str
+def test_on_a_trading_day_the_references_of_the_five_before_are_asked_for_in_one_run(
+    instance: dg.DagsterInstance, today: str, first: str, last: str
 ) -> None:
     request = _reference(instance, today)
     assert isinstance(request, dg.RunRequest)
-    assert request.partition_key == request.run_key == last
+    assert request.run_key == last
+    assert request.tags["dagster/asset_partition_range_start"] == first
+    assert request.tags["dagster/asset_partition_range_end"] == last
 
 
 def test_on_a_closed_day_no_reference_is_asked_for_and_the_next_time_is_told(instance: dg.DagsterInstance) -> None:
@@ -234,7 +241,7 @@ def _stub_repository() -> dg.RepositoryDefinition:
     ]
     for name, inputs in {REFERENCE: (), **INPUTS}.items():
         assets.append(dg.asset(name=name, deps=list(inputs), partitions_def=trading_days)(nothing))
-    jobs = [schedules.daily_datasets_job, schedules.reference_job, schedules.catch_up_job]
+    jobs = [schedules.daily_datasets_job, reference_job, schedules.catch_up_job]
     every = [after_close_schedule, reference_schedule, catch_up_schedule]
     defs = dg.Definitions(assets=assets, jobs=jobs, schedules=every, executor=dg.in_process_executor)
     return defs.get_repository_def()
