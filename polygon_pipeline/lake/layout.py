@@ -22,8 +22,22 @@ _NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\.json", re.ASCII)
 _RAW = {Channel.MINUTE: "raw-data", Channel.SECOND: "raw-data-second"}
 
 
+def raw_root(channel: Channel) -> str:
+    return f"{_RAW[channel]}/"
+
+
 def raw_prefix(channel: Channel, day: date) -> str:
     return f"{_RAW[channel]}/{day.isoformat()}/"
+
+
+def parse_raw_prefix(prefix: str) -> date | None:
+    """The day of a raw-data prefix, with or without its last slash, or None if it is not one."""
+    name = prefix.rstrip("/").rpartition("/")[2]
+    try:
+        day = date.fromisoformat(name)
+    except ValueError:
+        return None
+    return day if day.isoformat() == name else None  # 20260126 is a date too, but no day's prefix
 
 
 def raw_key(channel: Channel, day: date, ticker: str, start_ms: int) -> str:

@@ -46,6 +46,8 @@ def test_a_raw_key_can_be_read_back_and_lies_below_its_days_prefix(
     key = layout.raw_key(channel, day, ticker, start_ms)
     assert layout.parse_raw_key(key) == (ticker, start_ms)
     assert key.startswith(layout.raw_prefix(channel, day))
+    assert layout.raw_prefix(channel, day).startswith(layout.raw_root(channel))
+    assert layout.parse_raw_prefix(layout.raw_prefix(channel, day)) == day
     assert key.count("/") == 3
 
 
@@ -75,6 +77,13 @@ def test_the_order_of_a_runs_archives_is_the_order_of_their_segments(one: int, o
 )
 def test_what_is_no_raw_key_is_read_as_none(key: str) -> None:
     assert layout.parse_raw_key(key) is None
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "raw-data/", "raw-data/SPY", "raw-data/20260126", "raw-data/2026-W05-1", "raw-data/2026-02-30/"]
+)
+def test_what_is_no_days_prefix_is_read_as_none(prefix: str) -> None:
+    assert layout.parse_raw_prefix(prefix) is None
 
 
 @given(st.text(max_size=40) | st.lists(st.text(max_size=8), min_size=4, max_size=4).map("/".join))
