@@ -10,6 +10,7 @@ from dagster_aws.s3 import S3Resource
 from polygon_pipeline.defs import assets, history, schedules, sensors
 from polygon_pipeline.defs.checks import bar_checks
 from polygon_pipeline.defs.collect import collect_aggregates_job
+from polygon_pipeline.defs.foreign import foreign_raw_data_sensor
 from polygon_pipeline.defs.io_manager import ParquetIOManager
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 
@@ -30,7 +31,12 @@ def build_defs(resources: Mapping[str, object] | None = None) -> dg.Definitions:
         ],
         asset_checks=bar_checks,
         jobs=[collect_aggregates_job, schedules.daily_datasets_job, schedules.catch_up_job, history.reference_job],
-        sensors=[sensors.market_session_sensor, sensors.datasets_follow_sensor, history.repair_sensor],
+        sensors=[
+            sensors.market_session_sensor,
+            sensors.datasets_follow_sensor,
+            history.repair_sensor,
+            foreign_raw_data_sensor,
+        ],
         schedules=[schedules.after_close_schedule, schedules.reference_schedule, schedules.catch_up_schedule],
         resources={
             "s3": s3,
