@@ -4,9 +4,9 @@ Belongs here: how fetching shows in the UI, and when it is asked for. Does not b
 (collector.history) and what becomes of the bars (assets).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -34,16 +34,20 @@ _SESSIONS_LOOKED_AT = 2
     group_name="bars",
     kinds={"rest", "parquet"},
 )
-def reference_bars(context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource) -> None:
+def reference_bars(
+    context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource
+) -> Iterator[dg.MaterializeResult[None]]:
     """The vendor's own minute bars: flat files where there are credentials for them, else REST for the tickers.
 
-    Every day is reported as soon as it is kept, and none that could not be had.
+    Days that could not be had are not materialized, and neither are those known to be final that were found unchanged:
+    nothing needs to follow them.
     """
     from polygon_pipeline.collector.history import Kept, fetch_days
     from polygon_pipeline.lake.store import LakeError
     from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
 
     days = [date.fromisoformat(key) for key in context.partition_keys]
+    news: list[Kept] = []
     problems: list[Exception] = []
     try:
         with polygon.history() as sources:
@@ -51,7 +55,8 @@ def reference_bars(context: dg.AssetExecutionContext, polygon: PolygonResource, 
             opened.claim(sources.feed)
             for result in fetch_days(opened, days, sources, lake.scratch(), datetime.now(UTC), context.log.info):
                 if isinstance(result, Kept):
-                    _report(context, result)
+                    if result.changed or _made_at(context.instance, result.day) < expected_at(result.day):
+                        news.append(result)
                 elif isinstance(result.problem, NotYetPublished):
                     when = result.problem.next_try
                     context.log.warning(
@@ -63,6 +68,16 @@ def reference_bars(context: dg.AssetExecutionContext, polygon: PolygonResource, 
                     problems.append(result.problem)
     except (ConfigurationError, LakeError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
+    if len(news) == len(days):
+        for kept in news:
+            context.add_asset_metadata(_shown(kept), partition_key=kept.day.isoformat())
+        yield dg.MaterializeResult()  # it stands for all days of the run, and lets what follows in the same run begin
+        return
+    context.log.info(f"{len(news)} of {len(days)} days are new or changed")
+    for kept in news:
+        context.log_event(
+            dg.AssetMaterialization("reference_bars", partition=kept.day.isoformat(), metadata=_shown(kept))
+        )
     if problems:
         passing = any(isinstance(problem, HistoryUnavailable) for problem in problems)
         raise dg.Failure(
@@ -70,35 +85,20 @@ def reference_bars(context: dg.AssetExecutionContext, polygon: PolygonResource, 
         )
 
 
-def _report(context: dg.AssetExecutionContext, kept: "Kept") -> None:
-    """Materializes one day. The output itself would stand for all days of the run, at its end.
-
-    What is known to be final and was found unchanged is not reported again: nothing needs to follow it.
-    """
-    key = kept.day.isoformat()
-    if not kept.changed and _made_at(context.instance, key) >= expected_at(kept.day):
-        context.log.info(f"{key} is as it was")
-        return
-    tickers = "whole market" if kept.info.tickers is None else len(kept.info.tickers)
-    context.log_event(
-        dg.AssetMaterialization(
-            "reference_bars",
-            partition=key,
-            metadata={
-                "dagster/row_count": kept.rows,
-                "source": kept.info.source,
-                "tickers": tickers,
-                "known_until": str(datetime.fromtimestamp(kept.info.until_ms / 1000, UTC)),
-                "changed": kept.changed,
-                **({"etag": kept.info.etag} if kept.info.etag else {}),
-            },
-        )
-    )
+def _shown(kept: "Kept") -> dict[str, Any]:
+    return {
+        "dagster/row_count": kept.rows,
+        "source": kept.info.source,
+        "tickers": "whole market" if kept.info.tickers is None else len(kept.info.tickers),
+        "known_until": str(datetime.fromtimestamp(kept.info.until_ms / 1000, UTC)),
+        "changed": kept.changed,
+        "etag": kept.info.etag or "none",
+    }
 
 
-def _made_at(instance: dg.DagsterInstance, partition: str) -> datetime:
-    """When a day was last reported."""
-    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("reference_bars"), asset_partitions=[partition])
+def _made_at(instance: dg.DagsterInstance, day: date) -> datetime:
+    """When a day was last materialized."""
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("reference_bars"), asset_partitions=[day.isoformat()])
     records = instance.fetch_materializations(wanted, limit=1).records
     return datetime.fromtimestamp(records[0].timestamp if records else 0, UTC)
 
