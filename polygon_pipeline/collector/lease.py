@@ -76,7 +76,7 @@ class Holding(msgspec.Struct, frozen=True):
         if self.released:
             return True
         if self.machine == this_machine():
-            started = _process_start(self.pid)
+            started = process_start(self.pid)
             return started is None or self.process_started not in (None, started)
         return now > self.expires_at + CLOCK_TOLERANCE
 
@@ -144,7 +144,7 @@ class Lease:
                 expires_at=now + TTL,
                 status=self._status,
                 released=released,
-                process_started=_process_start(pid),
+                process_started=process_start(pid),
             )
         )
         if not self._lake.is_s3:
@@ -209,7 +209,7 @@ def this_machine() -> str:
     return f"{socket.gethostname()}/{boot}"
 
 
-def _process_start(pid: int) -> int | None:
+def process_start(pid: int) -> int | None:
     """When a process of this machine started, in ticks since boot (0 where the system does not say), or None if there
     is none. The id alone could be another's by now; a killed process keeps it until its parent has looked."""
     try:

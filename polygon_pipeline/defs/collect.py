@@ -132,6 +132,7 @@ def collect_session() -> None:
 collect_aggregates_job = collect_session.to_job(
     name="collect_aggregates",
     executor_def=dg.in_process_executor,
+    tags={"dagster/max_retries": "0"},  # the sensor starts the next attempt
     description="Collects one session's aggregates. Started by market_session_sensor, or by hand.",
 )
 

@@ -1,5 +1,7 @@
 """The sensors: one starts the collector, one lets datasets follow their inputs. Shells around pure decisions."""
 
+import os
+import time
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 
@@ -46,6 +48,7 @@ def market_session_sensor(
     except ConfigurationError as error:
         return dg.SkipReason(f"nothing is collected: {error}")
     _bury_the_dead(context, lake)
+    _bury_killed_workers(context)
     decide = decide_demo if wanted.websocket_url is None else decide_live
     decision = decide(datetime.now(UTC), _LOADED_AT, _past_runs(context.instance, wanted.feed))
     if not isinstance(decision, Start):
@@ -82,6 +85,42 @@ def _bury_the_dead(context: dg.SensorEvaluationContext, lake: LakeResource) -> N
             context.log.warning(f"run {run.run_id}: {message}")
             context.instance.add_run_tags(run.run_id, {STOPPED_TAG: DEATH})
             context.instance.report_run_failed(run, message)
+
+
+def _bury_killed_workers(context: dg.SensorEvaluationContext) -> None:
+    """Reports runs of datasets failed whose process was killed. The default launcher would leave them started for ever,
+    in the place of others; of its runs the process is known, and is on this machine. Dagster then tries them again
+    (run_retries), and a backfill goes on where it was."""
+    if type(context.instance.run_launcher).__name__ != "DefaultRunLauncher":
+        return
+    for record in context.instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        run = record.dagster_run
+        if run.job_name == collect_aggregates_job.name:
+            continue  # its lease tells
+        pid = _process_of(context.instance, run.run_id)
+        if pid and not _is_alive(pid, record.start_time or 0.0):
+            context.log.warning(f"run {run.run_id}: its process {pid} is gone")
+            context.instance.report_run_failed(run, f"The run's process {pid} is gone: it was killed, or the machine.")
+
+
+def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:
+    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
+        event = entry.dagster_event
+        pid = event.engine_event_data.metadata.get("pid") if event else None
+        if pid is not None and str(pid.value).isdigit():
+            return int(str(pid.value))
+    return None
+
+
+def _is_alive(pid: int, run_started: float) -> bool:
+    """Whether the process is there and is the run's: after a restart of the machine the id may be another's."""
+    from polygon_pipeline.collector.lease import process_start
+
+    ticks = process_start(pid)
+    if not ticks:
+        return ticks is not None
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age < run_started + 1
 
 
 def _past_runs(instance: dg.DagsterInstance, feed: str) -> Sequence[PastRun]:

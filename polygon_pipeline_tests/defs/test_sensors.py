@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -120,3 +123,14 @@ def _write_lease(lake_dir: Path, run: dg.DagsterRun, expires: datetime, machine:
         expires_at=expires,
     )
     (lake_dir / layout.LEASE_KEY).write_bytes(msgspec.json.encode(holding))
+
+
+def test_a_killed_process_or_one_that_began_after_the_run_is_not_the_runs() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        began = time.time()
+        assert sensors._is_alive(process.pid, began + 1)
+        assert not sensors._is_alive(process.pid, began - 3600), "the id is another's by now"
+        process.kill()
+        time.sleep(0.2)
+        assert not sensors._is_alive(process.pid, began + 1), "it waits for its parent to look"
+    assert not sensors._is_alive(process.pid, began + 1)
