@@ -20,21 +20,34 @@ from polygon_pipeline.market.bars import Channel
 # the demo's past days must follow too.
 _FOLLOW_BARS = dg.AutomationCondition.eager().without(dg.AutomationCondition.in_latest_time_window())
 
+_HISTORY = dg.AssetSelection.assets("reference_bars")
+
 # Raw bars arrive while a run is making the day from what there was before. `eager` takes the end of that run for an
-# answer to them, and the session's last bars would be left out; here only a later request answers them. Raw bars or
-# the vendor's history suffice.
-_FOLLOW_RAW_BARS = (
-    (dg.AutomationCondition.newly_missing() | dg.AutomationCondition.any_deps_updated()).since(
-        (dg.AutomationCondition.newly_requested() & ~dg.AutomationCondition.any_deps_updated())
+# answer to them, and the session's last bars would be left out; here only a later request answers them.
+_RAW_UPDATED = dg.AutomationCondition.any_deps_updated().ignore(_HISTORY)
+_RAW_UNANSWERED = (dg.AutomationCondition.newly_missing() | _RAW_UPDATED).since(
+    (dg.AutomationCondition.newly_requested() & ~_RAW_UPDATED) | dg.AutomationCondition.initial_evaluation()
+)
+# The history of a day comes at once, so a run of a backfill that had it is an answer.
+_HISTORY_UNANSWERED = (
+    dg.AutomationCondition.any_deps_updated()
+    .allow(_HISTORY)
+    .since(
+        dg.AutomationCondition.newly_requested()
+        | dg.AutomationCondition.newly_updated()
         | dg.AutomationCondition.initial_evaluation()
     )
+)
+# Raw bars or the vendor's history suffice.
+_FOLLOW_RAW_BARS = (
+    (_RAW_UNANSWERED | _HISTORY_UNANSWERED)
     & ~dg.AutomationCondition.all_deps_match(dg.AutomationCondition.missing())
     & ~dg.AutomationCondition.in_progress()
 )
 
 # Coverage says what is known before the vendor's history is there, and more when it is.
 _FOLLOW_BARS_BEFORE_HISTORY = _FOLLOW_BARS.replace(
-    "any_deps_missing", dg.AutomationCondition.any_deps_missing().ignore(dg.AssetSelection.assets("reference_bars"))
+    "any_deps_missing", dg.AutomationCondition.any_deps_missing().ignore(_HISTORY)
 )
 
 UNREADABLE_OBJECTS = "unreadable_objects"

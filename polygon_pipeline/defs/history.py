@@ -39,14 +39,15 @@ def reference_bars(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """The vendor's own minute bars: flat files where there are credentials for them, else REST for the tickers.
 
-    Days that could not be had are not materialized, and neither are those known to be final that were found unchanged:
-    nothing needs to follow them.
+    Days that could not be had are not materialized. Neither are those that a schedule asked for and that were found
+    final and unchanged: nothing needs to follow them. (Whoever asks by hand or by a backfill waits for the answer.)
     """
     from polygon_pipeline.collector.history import Kept, fetch_days
     from polygon_pipeline.lake.store import LakeError
     from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
 
     days = [date.fromisoformat(key) for key in context.partition_keys]
+    asked_by_schedule = "dagster/schedule_name" in context.run.tags
     news: list[Kept] = []
     problems: list[Exception] = []
     try:
@@ -55,7 +56,8 @@ def reference_bars(
             opened.claim(sources.feed)
             for result in fetch_days(opened, days, sources, lake.scratch(), datetime.now(UTC), context.log.info):
                 if isinstance(result, Kept):
-                    if result.changed or _made_at(context.instance, result.day) < expected_at(result.day):
+                    is_known = not result.changed and _made_at(context.instance, result.day) >= expected_at(result.day)
+                    if not (asked_by_schedule and is_known):
                         news.append(result)
                 elif isinstance(result.problem, NotYetPublished):
                     when = result.problem.next_try
