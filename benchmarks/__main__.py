@@ -19,7 +19,18 @@ from pathlib import Path
 
 from benchmarks.harness import Run, say
 
-NAMES = ("collecting", "edge", "outage", "normalizing", "objects", "seconds", "derived", "loading", "growth")
+NAMES = (
+    "collecting",
+    "edge",
+    "outage",
+    "normalizing",
+    "objects",
+    "seconds",
+    "derived",
+    "flat_file",
+    "loading",
+    "growth",
+)
 _HERE = Path(__file__).parent
 _LIBRARIES = (
     "dagster",
