@@ -38,7 +38,7 @@ class _Ticks:
 
 @pytest.fixture
 def ticks() -> Iterator[_Ticks]:
-    with dg.instance_for_test() as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         ticks = _Ticks(instance)
         ticks.next()
         yield ticks

@@ -63,7 +63,7 @@ def ticks(lake: Lake, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
             aws_access_key_id=server.access_key,
             aws_secret_access_key=server.secret_key,
         )
-    with dg.instance_for_test() as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         yield Ticks(instance, LakeResource(s3=s3, uri=lake.uri))
 
 

@@ -70,7 +70,7 @@ def metadata(instance: dg.DagsterInstance, name: str, day: str) -> dict[str, Any
 def test_days_nobody_collected_are_made_from_the_history_alone_and_a_second_time_changes_no_file(
     lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with dg.instance_for_test() as instance, vendor(monkeypatch) as server:
+    with dg.DagsterInstance.ephemeral() as instance, vendor(monkeypatch) as server:
         made: list[dict[Path, bytes]] = []
         for _ in range(2):
             materialize(instance, ["reference_bars"], DAYS[0], DAYS[-1])
@@ -97,7 +97,7 @@ def test_a_day_that_the_plan_lacks_fails_with_the_reason(
     lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = [RestFault(RestKind.NOT_AUTHORIZED)]
-    with dg.instance_for_test() as instance, vendor(monkeypatch, refused):
+    with dg.DagsterInstance.ephemeral() as instance, vendor(monkeypatch, refused):
         result = materialize(instance, ["reference_bars"], DAYS[0], fails=True)
         assert not result.success
         [failure] = result.get_step_failure_events()
@@ -113,7 +113,7 @@ def test_a_day_that_is_not_published_is_skipped_and_says_so(
     """Nobody has traded yet by the vendor's word, so there is no list of whom to ask for."""
     monkeypatch.setenv("POLYGON_TICKERS", "*")
     with (
-        dg.instance_for_test() as instance,
+        dg.DagsterInstance.ephemeral() as instance,
         HistoryServer(lambda day: MARKET.day_bars(day).slice(0, 0), key=KEY) as server,
     ):
         monkeypatch.setenv("POLYGON_REST_URL", server.url)
@@ -124,7 +124,7 @@ def test_a_day_that_is_not_published_is_skipped_and_says_so(
 def test_the_check_fails_where_traded_minutes_are_missing_and_names_the_ticker(
     lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with dg.instance_for_test() as instance, vendor(monkeypatch):
+    with dg.DagsterInstance.ephemeral() as instance, vendor(monkeypatch):
         materialize(instance, ["reference_bars"], DAYS[0])
         [whole] = _coverage_checks(materialize(instance, DATASETS, DAYS[0]))
         assert whole.passed
@@ -160,7 +160,7 @@ def test_a_gap_asks_once_for_the_days_history_and_the_history_answers_it(
     moment = datetime(2026, 1, 26, 15, 30, tzinfo=UTC)
     gap = Gap(moment, moment + timedelta(minutes=3), "lost", moment, moment + timedelta(minutes=2))
     ledger = Ledger("run", "polygon", day, moment, True, False, True, [], Account(), [gap])
-    with dg.instance_for_test() as instance, vendor(monkeypatch):
+    with dg.DagsterInstance.ephemeral() as instance, vendor(monkeypatch):
         assert isinstance(_sense(instance), dg.SkipReason)
         lake_of_history.put(layout.ledger_key(day, "run"), encode_ledger(ledger))
         instance.report_runless_asset_event(dg.AssetMaterialization("raw_bars", partition=DAYS[0]))
@@ -176,6 +176,6 @@ def test_without_a_rest_url_the_built_in_simulators_past_is_the_history(
 ) -> None:
     monkeypatch.setenv("LAKE_URI", (tmp_path / "lake").as_uri())
     monkeypatch.setenv("JOURNAL_DIR", str(tmp_path / "journal"))
-    with dg.instance_for_test() as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         materialize(instance, ["reference_bars"], DAYS[0])
         assert metadata(instance, "reference_bars", DAYS[0])["dagster/row_count"] > 1000
