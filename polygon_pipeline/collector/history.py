@@ -142,12 +142,6 @@ def market_time(ledgers: Iterable[Ledger], now: datetime) -> datetime:
     return datetime.fromtimestamp(max(newest_ms) / 1000 + 60, UTC) if newest_ms else now
 
 
-def known_until(lake: Lake, day: date, folder: Path) -> int:
-    """Up to where (Unix ms) the lake's reference of a day knows bars; 0 without one."""
-    found = _existing(lake, day, folder)
-    return reference.read_reference_info(found).until_ms if found else 0
-
-
 def _from_flat_file(lake: Lake, day: date, store: ObjectStore, folder: Path, now: datetime) -> Kept:
     old = _existing(lake, day, folder)
     info = reference.read_reference_info(old) if old else None

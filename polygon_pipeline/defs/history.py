@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # day each whatever the run's length, and 50 of the whole market take some five minutes.
 _DAYS_A_RUN = 50
 
+_KNOWN_UNTIL = "known_until"
+
 # Sessions whose gaps are looked at: a gap in the last minutes of a day settles after the day's end.
 _SESSIONS_LOOKED_AT = 2
 
@@ -92,17 +94,28 @@ def _shown(kept: "Kept") -> dict[str, Any]:
         "dagster/row_count": kept.rows,
         "source": kept.info.source,
         "tickers": "whole market" if kept.info.tickers is None else len(kept.info.tickers),
-        "known_until": str(datetime.fromtimestamp(kept.info.until_ms / 1000, UTC)),
+        _KNOWN_UNTIL: dg.MetadataValue.timestamp(kept.info.until_ms / 1000),
         "changed": kept.changed,
         "etag": kept.info.etag or "none",
     }
 
 
+def _latest(instance: dg.DagsterInstance, day: date) -> dg.EventLogRecord | None:
+    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("reference_bars"), asset_partitions=[day.isoformat()])
+    return next(iter(instance.fetch_materializations(wanted, limit=1).records), None)
+
+
 def _made_at(instance: dg.DagsterInstance, day: date) -> datetime:
     """When a day was last materialized."""
-    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("reference_bars"), asset_partitions=[day.isoformat()])
-    records = instance.fetch_materializations(wanted, limit=1).records
-    return datetime.fromtimestamp(records[0].timestamp if records else 0, UTC)
+    latest = _latest(instance, day)
+    return datetime.fromtimestamp(latest.timestamp if latest else 0, UTC)
+
+
+def _known_until_ms(instance: dg.DagsterInstance, day: date) -> int:
+    """Up to where a day's bars are known, as its materialization says; the file itself may be 40 MB."""
+    latest = _latest(instance, day)
+    found = latest.asset_materialization.metadata.get(_KNOWN_UNTIL) if latest and latest.asset_materialization else None
+    return int(found.value * 1000) if isinstance(found, dg.TimestampMetadataValue) else 0
 
 
 reference_job = dg.define_asset_job(
@@ -113,20 +126,20 @@ reference_job = dg.define_asset_job(
 @dg.sensor(
     job=reference_job,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=30,
+    minimum_interval_seconds=60,
     description="After a gap in the collection, asks for the vendor's history; the day's datasets then follow.",
 )
 def repair_sensor(
     context: dg.SensorEvaluationContext, polygon: PolygonResource, lake: LakeResource
 ) -> dg.SensorResult | dg.SkipReason:
-    from polygon_pipeline.collector.history import due_repairs, known_until, read_ledgers
+    from polygon_pipeline.collector.history import due_repairs, read_ledgers
     from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
 
     try:
         opened = lake.open()
         requests = []
         for day in _recent_sessions(context.instance):
-            due = due_repairs(read_ledgers(opened, day), known_until(opened, day, lake.scratch()), datetime.now(UTC))
+            due = due_repairs(read_ledgers(opened, day), _known_until_ms(context.instance, day), datetime.now(UTC))
             if due:
                 last = max(gap.last_minute for gap in due if gap.last_minute)
                 context.log.info(f"{day}: {len(due)} gaps to repair, the last up to {last:%H:%M} UTC")

@@ -24,7 +24,7 @@ from polygon_pipeline.collector.account import (
     subscribed_tickers,
 )
 from polygon_pipeline.collector.collector import Collector, Plan
-from polygon_pipeline.collector.history import DATASET, Kept, NotKept, Sources, due_repairs, fetch_days, known_until
+from polygon_pipeline.collector.history import DATASET, Kept, NotKept, Sources, due_repairs, fetch_days
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.datasets import fetch_dataset, put_dataset
 from polygon_pipeline.lake.raw import normalize_day
@@ -32,6 +32,7 @@ from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.coverage import State, cover, minute_states
+from polygon_pipeline.market.reference import read_reference_info
 from polygon_pipeline.polygon.errors import HistoryRefused, NotYetPublished
 from polygon_pipeline.polygon.messages import decode_frame
 from polygon_pipeline.polygon.rate_limit import RateLimit
@@ -318,10 +319,11 @@ def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_v
         for key in file_lake.keys(layout.ledger_prefix(DAY))
         if (content := file_lake.get(key)) is not None
     ]
-    assert len(due_repairs(ledgers, known_until(file_lake, DAY, tmp_path), LATER)) == 1
+    assert len(due_repairs(ledgers, 0, LATER)) == 1
     with vendor(tmp_path, history) as vendor_:
         fetched(file_lake, [DAY], vendor_.sources((*TICKERS, QUIET)), tmp_path)
-    assert due_repairs(ledgers, known_until(file_lake, DAY, tmp_path), LATER) == []
+    known = read_reference_info(reference(file_lake, DAY, tmp_path))
+    assert due_repairs(ledgers, known.until_ms, LATER) == []
 
     normalized = tmp_path / "normalized.parquet"
     normalize_day(file_lake, DAY, Channel.MINUTE, normalized, tmp_path)

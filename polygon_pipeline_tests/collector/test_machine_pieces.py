@@ -532,7 +532,7 @@ def test_any_interleaving_of_records_faults_and_crashes_leaves_every_record_on_t
     run_state_machine_as_test(
         _Collecting,
         settings=settings(
-            max_examples=150,
+            max_examples=80,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
