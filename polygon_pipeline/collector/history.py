@@ -107,6 +107,8 @@ def fetch_days(
         try:
             yield from _from_rest(lake, span, sources, folder, now, tell)
         except _PROBLEMS as problem:
+            if isinstance(problem, reference.UnreadableReference):
+                shutil.rmtree(_staging(sources, span))  # or it would be read again, and again in vain
             yield from (NotKept(day, problem) for day in span)
 
 
@@ -167,23 +169,23 @@ def _from_rest(
             "POLYGON_FLAT_FILES_KEY_ID and POLYGON_FLAT_FILES_SECRET for the whole market, name fewer "
             "POLYGON_TICKERS, or raise POLYGON_REST_REQUESTS_PER_MINUTE to what the plan allows."
         )
-    staging = sources.staging / f"{days[0]}_{days[-1]}"
+    staging = _staging(sources, days)
     ledgers = read_ledgers(lake, days[-1]) if sources.feed == SIMULATED else []
     files = _stage(tickers, days, sources, staging, market_time(ledgers, now), tell)
     asked_at = market_time(ledgers, min(_asked_at(file) for file in files))
-    for day in days:
-        scratch = _new(folder, day)
-        made = scratch / "made.parquet"
-        until_ms = _until_ms(day, asked_at)
-        reference.from_pages(day, files, tickers, until_ms, made, scratch)
-        old = _existing(lake, day, scratch)
-        info = reference.read_reference_info(old) if old else None
-        if old and info and (info.source == "flat_file" or reference.same_bars(old, made)):
-            # A flat file has the whole market, so a few tickers' answers are no replacement.
-            yield Kept(day, info, False, _rows(old))
-            continue
-        put_dataset(lake, DATASET, day.isoformat(), made)
-        yield Kept(day, reference.read_reference_info(made), True, _rows(made))
+    with reference.Pages(files, tickers, folder) as pages:
+        for day in days:
+            scratch = _new(folder, day)
+            made = scratch / "made.parquet"
+            pages.write(day, _until_ms(day, asked_at), made)
+            old = _existing(lake, day, scratch)
+            info = reference.read_reference_info(old) if old else None
+            if old and info and (info.source == "flat_file" or reference.same_bars(old, made)):
+                # A flat file has the whole market, so a few tickers' answers are no replacement.
+                yield Kept(day, info, False, _rows(old))
+                continue
+            put_dataset(lake, DATASET, day.isoformat(), made)
+            yield Kept(day, reference.read_reference_info(made), True, _rows(made))
     shutil.rmtree(staging)
 
 
@@ -285,6 +287,10 @@ def _new(folder: Path, day: date) -> Path:
     made = folder / f"day-{day}"
     made.mkdir()
     return made
+
+
+def _staging(sources: Sources, days: Sequence[date]) -> Path:
+    return sources.staging / f"{days[0]}_{days[-1]}"
 
 
 def _name(ticker: str) -> str:

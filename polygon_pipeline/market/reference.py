@@ -6,9 +6,11 @@ Belongs here: reading those two forms, and what a reference file says of itself.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime
 from pathlib import Path
+from types import TracebackType
 
 import duckdb
 import msgspec
@@ -56,8 +58,8 @@ _FROM_FLAT_FILE = f"""
     ORDER BY ticker, window_start
 """
 
-# Of two pages with the same bar the later fetched wins; the values decide only between pages of the same microsecond.
-_FROM_PAGES = f"""
+_READ_PAGES = f"""
+    CREATE TEMP TABLE pages AS
     WITH bars AS (
         SELECT ticker, fetched_at, unnest(bars) AS bar
         FROM read_json(
@@ -74,17 +76,17 @@ _FROM_PAGES = f"""
             bar.vw AS vwap, bar.n AS transactions, fetched_at, bar
         FROM bars
     )
+    SELECT * FROM named
+    WHERE {_IF_WHOLE.format(start="start_ms", wanted="list_contains($tickers::VARCHAR[], ticker)")}
+"""
+
+# Of two pages with the same bar the later fetched wins; the values decide only between pages of the same microsecond.
+_FROM_PAGES = """
     SELECT
         ticker, to_timestamp(start_ms / 1000) AS timestamp, open, high, low, close, volume, vwap, transactions,
         fetched_at AS received_at, 'rest' AS source
-    FROM named
-    WHERE {
-    _IF_WHOLE.format(
-        start="start_ms",
-        wanted="start_ms >= $first_ms AND start_ms < least($after_ms, $until_ms) "
-        "AND list_contains($tickers::VARCHAR[], ticker)",
-    )
-}
+    FROM pages
+    WHERE start_ms >= $first_ms AND start_ms < least($after_ms, $until_ms)
     QUALIFY row_number() OVER (PARTITION BY ticker, start_ms ORDER BY fetched_at DESC, bar DESC) = 1
     ORDER BY ticker, start_ms
 """
@@ -138,36 +140,49 @@ def from_flat_file(
         "first_ms": first_ms,
         "after_ms": after_ms,
     }
-    _write(_FROM_FLAT_FILE, parameters, ReferenceInfo("flat_file", None, after_ms, etag), target, folder, str(file))
+    info = ReferenceInfo("flat_file", None, after_ms, etag)
+    with connect(folder) as connection, _telling(str(file)):
+        copy(connection, _FROM_FLAT_FILE, target, parameters, _described(info))
     plain.unlink()
     if not _rows(target):
         raise UnreadableReference(f"{file} has no bar of {day}; is it another day's file?")
 
 
-def from_pages(
-    day: date, files: Sequence[Path], tickers: Sequence[str], until_ms: int, target: Path, folder: Path
-) -> None:
-    """Writes a day's reference from REST pages, one a line of JSON (.jsonl or .jsonl.zst): ticker, fetched_at, bars.
+class Pages:
+    """REST pages, one a line of JSON (.jsonl or .jsonl.zst): ticker, fetched_at, bars. Read once for all their days.
 
-    A page may hold many days. Bars of tickers not asked for, or starting at until_ms (Unix ms) or later, are left
-    out, since nothing is claimed to be known of them. Tickers may be without any bar, even all of them: they did not
-    trade. Raises UnreadableReference if a file is damaged.
+    A context manager. tickers: those that were asked for, with or without bars; what else there is is left out.
+    folder: an empty local folder for what does not fit into memory. Raises UnreadableReference if a file is damaged.
     """
-    if not files:
-        raise ValueError(f"there are no pages to make the reference of {day} from")
-    for file in files:
-        for _ in _unpacked(file):  # DuckDB takes the end of a cut archive for its end
-            pass
-    first_ms, after_ms = day_bounds_ms(day)
-    parameters = {
-        "files": [str(file) for file in files],
-        "tickers": list(tickers),
-        "until_ms": until_ms,
-        "first_ms": first_ms,
-        "after_ms": after_ms,
-    }
-    info = ReferenceInfo("rest", tuple(sorted(tickers)), until_ms, None)
-    _write(_FROM_PAGES, parameters, info, target, folder, f"the {len(files)} pages of {day}")
+
+    def __init__(self, files: Sequence[Path], tickers: Sequence[str], folder: Path) -> None:
+        if not files:
+            raise ValueError("there are no pages to make a reference from")
+        for file in files:
+            for _ in _unpacked(file):  # DuckDB takes the end of a cut archive for its end
+                pass
+        self._tickers = tuple(sorted(tickers))
+        self._connection = connect(folder)
+        parameters = {"files": [str(file) for file in files], "tickers": list(tickers)}
+        with _telling(f"the {len(files)} files of pages"):
+            self._connection.execute(_READ_PAGES, parameters)
+
+    def __enter__(self) -> Pages:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._connection.close()
+
+    def write(self, day: date, until_ms: int, target: Path) -> None:
+        """Writes a day's reference.
+
+        Bars that start at until_ms (Unix ms) or later are left out, since nothing is claimed to be known of them.
+        Tickers may be without any bar, even all of them: they did not trade.
+        """
+        first_ms, after_ms = day_bounds_ms(day)
+        parameters = {"until_ms": until_ms, "first_ms": first_ms, "after_ms": after_ms}
+        info = ReferenceInfo("rest", self._tickers, until_ms, None)
+        copy(self._connection, _FROM_PAGES, target, parameters, _described(info))
 
 
 def read_reference_info(file: Path) -> ReferenceInfo:
@@ -194,14 +209,16 @@ def same_bars(old: Path, new: Path) -> bool:
         return not connection.execute(query, {"old": str(old), "new": str(new)}).fetchall()
 
 
-def _write(
-    query: str, parameters: dict[str, object], info: ReferenceInfo, target: Path, folder: Path, what: str
-) -> None:
-    with connect(folder) as connection:
-        try:
-            copy(connection, query, target, parameters, {"reference": msgspec.json.encode(info).decode()})
-        except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-            raise UnreadableReference(f"{what} cannot be read: {error}") from error
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
+        raise UnreadableReference(f"{what} cannot be read: {error}") from error
+
+
+def _described(info: ReferenceInfo) -> dict[str, str]:
+    return {"reference": msgspec.json.encode(info).decode()}
 
 
 def _unpacked(file: Path) -> Iterator[bytes]:

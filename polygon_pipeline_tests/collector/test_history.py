@@ -371,7 +371,7 @@ def test_a_gaps_partial_history_repairs_what_it_reaches_and_a_later_revision_of_
 ) -> None:
     """put_dataset of an intraday reference: what it does not know stays unknown."""
     from polygon_pipeline.lake import frames
-    from polygon_pipeline.market.reference import from_pages
+    from polygon_pipeline.market.reference import Pages
 
     key = min(planned for planned in truth() if planned[0] == "AAPL")
     bar = dict(zip(("o", "h", "l", "c", "v", "vw"), truth()[key], strict=True))
@@ -379,7 +379,8 @@ def test_a_gaps_partial_history_repairs_what_it_reaches_and_a_later_revision_of_
     page = {"ticker": "AAPL", "fetched_at": asked, "bars": [{"t": key[1], **bar}, {"t": key[1] + 60_000, **bar}]}
     (tmp_path / "page.jsonl").write_bytes(msgspec.json.encode(page) + b"\n")
     made = tmp_path / "made.parquet"
-    from_pages(DAY, [tmp_path / "page.jsonl"], ["AAPL"], key[1] + 120_000, made, tmp_path)
+    with Pages([tmp_path / "page.jsonl"], ["AAPL"], tmp_path) as pages:
+        pages.write(DAY, key[1] + 120_000, made)
     put_dataset(file_lake, DATASET, DAY.isoformat(), made)
     event = {"ev": "AM", "sym": "AAPL", "s": key[1], **bar, "c": bar["l"]}
     line = frames.frame_line(asked + timedelta(minutes=1), msgspec.json.encode([event]), ())

@@ -15,10 +15,10 @@ import pytest
 from polygon_pipeline.lake import frames
 from polygon_pipeline.market import schemas
 from polygon_pipeline.market.reference import (
+    Pages,
     ReferenceInfo,
     UnreadableReference,
     from_flat_file,
-    from_pages,
     read_reference_info,
     same_bars,
 )
@@ -154,7 +154,8 @@ def pages(
     for file, content in zip(files, lines, strict=True):
         file.write_bytes(frames.compress([content]) if suffix.endswith("zst") else content)
     target = folder / "reference.parquet"
-    from_pages(DAY, files, tickers, until_ms, target, folder)
+    with Pages(files, tickers, folder) as pages:
+        pages.write(DAY, until_ms, target)
     return target
 
 
@@ -204,12 +205,12 @@ def test_a_bar_that_lacks_a_value_is_refused(tmp_path: Path, field: str) -> None
 
 def test_damaged_pages_are_refused(tmp_path: Path) -> None:
     content = page("SPY", later(0), bar())
-    with pytest.raises(UnreadableReference, match=r"the 2 pages of 2026-01-26 cannot be read: .*1.jsonl"):
+    with pytest.raises(UnreadableReference, match=r"the 2 files of pages cannot be read: .*1.jsonl"):
         pages(tmp_path, content, content[:-20])
     cut = tmp_path / "cut.jsonl.zst"
     cut.write_bytes(frames.compress([content * 1000])[:-8])
     with pytest.raises(UnreadableReference, match=r"cut.jsonl.zst is damaged"):
-        from_pages(DAY, [cut], ["SPY"], MIDNIGHT, tmp_path / "out.parquet", tmp_path)
+        Pages([cut], ["SPY"], tmp_path)
 
 
 # What a reference says of itself
