@@ -227,14 +227,18 @@ class Publisher:
             account = msgspec.structs.replace(account, torn_bytes=account.torn_bytes + len(torn))
             at = account.last_received_at or self._header.started_at
             quarantine.append(frames.quarantine_line(at, torn, "a journal record that a crash cut short"))
-        for day, lines in sorted(self._lines.items()):
-            self._lake.put(layout.frames_key(day, run, number), frames.compress(lines))
+        archive = {layout.frames_key(day, run, number): frames.compress(lines) for day, lines in self._lines.items()}
         if quarantine:
-            key = layout.quarantine_key(self._header.session_date, run, number)
-            self._lake.put(key, b"".join(quarantine))
+            archive[layout.quarantine_key(self._header.session_date, run, number)] = b"".join(quarantine)
+        for key, content in sorted(archive.items()):
+            self._lake.put(key, content)
         self.put_ledger(complete=False)
+        # A local store does not sync what it writes, and now the journal's copy goes.
         if not self._lake.is_s3:
-            os.sync()  # the local store does not sync what it writes, and now the journal's copy goes
+            if self._header.write_objects:
+                os.sync()  # there may be thousands
+            else:
+                self._lake.sync(archive)
         self._save(_State(number + 1, 0, 0, account))
         # The next segment's archive starts empty, even if removing this one should fail.
         self._lines.clear()

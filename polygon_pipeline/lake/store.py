@@ -7,6 +7,7 @@ passing ones. Does not belong here: keys (lake.layout) and what the objects cont
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,6 +83,17 @@ class Lake:
     def put(self, key: str, content: bytes | Path) -> None:
         """Writes one object, atomically: readers see the old one or the new one."""
         obstore.put(self.store, key, content)
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """Makes objects of a local lake survive a power loss; its store leaves that to the system's leisure."""
+        files = [self.local_root / key for key in keys]
+        folders = {folder for file in files for folder in file.parents if folder.is_relative_to(self.local_root)}
+        for path in [*files, *folders]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def get(self, key: str) -> bytes | None:
         """The object's content, or None if there is none."""
