@@ -1,6 +1,7 @@
 """How cost grows: the same work at 1, 4 and 16 times the size. With --write, also growth.png.
 
-Frames of more and more tickers are normalized and derived from; frames of one journal are published.
+Frames of more and more tickers are normalized and derived from; frames of one journal are published. The memory of
+publishing holds the simulator that filled the journal, too.
 """
 
 from __future__ import annotations

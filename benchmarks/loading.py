@@ -55,7 +55,8 @@ def benchmark(run: Run) -> Iterator[Table]:
         "loads",
         [("ours", 1, loads[0]), ("one empty asset", 1, loads[1])],
         [at_most(1.5, loads[0].seconds - loads[1].seconds, "s more than one empty asset")],
-        "importing dagster_aws.s3 (boto3 and its models), which S3Resource needs.",
+        "importing dagster_aws.s3, which S3Resource needs: its package imports all of its components, 0.8 to 0.9 s. "
+        "Ours is 0.1 s of it.",
     )
     runs = _contest(
         [_RUN.format(module=module, asset=asset) for module, asset in ((ours, "normalized_bars"), (empty, "empty"))],
@@ -67,7 +68,8 @@ def benchmark(run: Run) -> Iterator[Table]:
         "runs",
         [("ours", 1, runs[0]), ("one empty asset", 1, runs[1])],
         [at_most(1.3, runs[0].seconds / runs[1].seconds, "times one empty asset")],
-        "the same imports again, and DuckDB, obstore and pyarrow's.",
+        "the same imports again, 1.3 of the 1.5 s between them; the rest is DuckDB's, obstore's and pyarrow's "
+        "imports and the day itself.",
     )
 
 
