@@ -15,23 +15,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import data
 from benchmarks.harness import Run, Table, Timed, at_least, contest, measure
 from benchmarks.server import serving
 from polygon_pipeline.market.bars import Channel
 
+if TYPE_CHECKING:
+    from polygon_pipeline.collector.collector import Plan
+
 _SEGMENT_BYTES = 16 * 1024 * 1024
 
 
-def ours(run: Run, url: str, bars: int) -> Callable[[], Timed]:
-    import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
+def plan(journal_dir: Path, url: str) -> Plan:
+    """A collector's of the whole market: frames alone."""
+    from polygon_pipeline.collector.collector import Plan
 
-    from polygon_pipeline.collector.collector import Collector, Plan, Progress
-
-    folder = Path(tempfile.mkdtemp(dir=run.scratch))
-    lake = data.local_lake(folder)
-    plan = Plan(
+    return Plan(
         owner="bench",
         run="bench",
         session_date=data.DAY,
@@ -39,10 +40,19 @@ def ours(run: Run, url: str, bars: int) -> Callable[[], Timed]:
         url=url,
         key="simulator",
         topics=["AM.*"],
-        journal_dir=folder / "journal",
+        journal_dir=journal_dir,
         write_objects=False,
         checkpoint_seconds=1.0,
     )
+
+
+def ours(run: Run, url: str, bars: int) -> Callable[[], Timed]:
+    import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
+
+    from polygon_pipeline.collector.collector import Collector, Progress
+
+    folder = Path(tempfile.mkdtemp(dir=run.scratch))
+    lake = data.local_lake(folder)
 
     def work() -> Timed:
         seen: list[Progress] = []
@@ -50,7 +60,7 @@ def ours(run: Run, url: str, bars: int) -> Callable[[], Timed]:
         def over() -> str | None:
             return "all" if seen and seen[-1].account.bars >= bars else None
 
-        Collector(lake, plan, logging.getLogger("quiet")).run(over, seen.append)
+        Collector(lake, plan(folder / "journal", url), logging.getLogger("quiet")).run(over, seen.append)
         # The run looks twice a second whether it is over; the last archive says when it was.
         archived = max(file.stat().st_mtime for file in data.frame_files(lake))
         account = seen[-1].account

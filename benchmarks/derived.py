@@ -13,6 +13,7 @@ from benchmarks import data, normalizing
 from benchmarks.equality import KEY_AND_PRICES, same_rows
 from benchmarks.harness import Run, Table, at_least, contest, measure
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.reference import count_rows
 
 _NAMES = {"bars_5m": "5min", "bars_15m": "15min", "bars_1h": "1h"}
 
@@ -74,7 +75,7 @@ def _same(ours: Path, theirs: Path) -> None:
 def benchmark(run: Run) -> Iterator[Table]:
     tickers = data.WHOLE_MARKET if run.full else data.WHOLE_MARKET // 4
     normalized = normalizing.ours(run, tickers, Channel.MINUTE)()
-    bars = _rows(normalized)
+    bars = count_rows(normalized)
     rows = contest(
         [
             ("ours", lambda: measure(ours, run, normalized)),
@@ -94,9 +95,3 @@ def benchmark(run: Run) -> Iterator[Table]:
         "into bars_5m). Sums are exact decimals, a fifth slower than floats, so that a day made twice is the same "
         "file; floats would not reach three times either.",
     )
-
-
-def _rows(file: Path) -> int:
-    import pyarrow.parquet as pq
-
-    return int(pq.read_metadata(file).num_rows)

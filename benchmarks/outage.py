@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import data
+from benchmarks.collecting import plan
 from benchmarks.edge import Server
 from benchmarks.harness import PeakMemory, Run, Table, at_most, measure, resident_mb
 from benchmarks.server import serving
@@ -26,30 +27,19 @@ Found = tuple[float, float, float, int]  # MB before, at most during, at most af
 def collector(run: Run, url: str, bars: int) -> Callable[[], Found]:
     import pyarrow  # noqa: F401 so that it is in memory before
 
-    from polygon_pipeline.collector.collector import Collector, Plan, Progress
+    from polygon_pipeline.collector.collector import Collector, Progress
 
     server = SeaweedFS(Path(tempfile.mkdtemp(dir=run.scratch)))
     server.start()
     reach = Server(server)
     lake = reach.lake(reach.new_bucket())
-    plan = Plan(
-        owner="bench",
-        run="bench",
-        session_date=data.DAY,
-        feed="simulated",
-        url=url,
-        key="simulator",
-        topics=["AM.*"],
-        journal_dir=Path(tempfile.mkdtemp(dir=run.scratch)),
-        write_objects=False,
-        checkpoint_seconds=1.0,
-    )
+    journal_dir = Path(tempfile.mkdtemp(dir=run.scratch))
     latest: list[Progress] = []
     waited = 0
 
     def run_through() -> Found:
         nonlocal waited
-        collecting = Collector(lake, plan, logging.getLogger("quiet"))
+        collecting = Collector(lake, plan(journal_dir, url), logging.getLogger("quiet"))
         over = threading.Event()
         thread = threading.Thread(
             target=lambda: collecting.run(lambda: "all" if over.is_set() else None, latest.append), daemon=True
@@ -60,7 +50,7 @@ def collector(run: Run, url: str, bars: int) -> Callable[[], Found]:
         before = resident_mb()
         server.stop()
         with PeakMemory() as during:
-            journal = plan.journal_dir / "bench"
+            journal = journal_dir / "bench"
             previous = -1
             while previous < (waited := sum(path.stat().st_size for path in journal.glob("*.segment"))):
                 previous = waited

@@ -152,10 +152,10 @@ def _from_flat_file(lake: Lake, day: date, store: ObjectStore, folder: Path, now
     if found is None:
         assert old
         assert info
-        return Kept(day, info, False, _rows(old))
+        return Kept(day, info, False, reference.count_rows(old))
     reference.from_flat_file(day, packed, found.last_modified, found.etag, made, folder)
     put_dataset(lake, DATASET, day.isoformat(), made)
-    return Kept(day, reference.read_reference_info(made), True, _rows(made))
+    return Kept(day, reference.read_reference_info(made), True, reference.count_rows(made))
 
 
 def _from_rest(
@@ -182,10 +182,10 @@ def _from_rest(
             info = reference.read_reference_info(old) if old else None
             if old and info and (info.source == "flat_file" or reference.same_bars(old, made)):
                 # A flat file has the whole market, so a few tickers' answers are no replacement.
-                yield Kept(day, info, False, _rows(old))
+                yield Kept(day, info, False, reference.count_rows(old))
                 continue
             put_dataset(lake, DATASET, day.isoformat(), made)
-            yield Kept(day, reference.read_reference_info(made), True, _rows(made))
+            yield Kept(day, reference.read_reference_info(made), True, reference.count_rows(made))
     shutil.rmtree(staging)
 
 
@@ -306,9 +306,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _rows(file: Path) -> int:
-    import pyarrow.parquet as pq
-
-    return int(pq.read_metadata(file).num_rows)

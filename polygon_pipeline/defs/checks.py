@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import Field
 
 from polygon_pipeline.defs.assets import UNREADABLE_OBJECTS
-from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.partitions import latest_materialization, trading_days
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.market import quality
 from polygon_pipeline.market.bars import Channel
@@ -63,10 +63,8 @@ def _result(asset: str, rule: str, passed: bool, metadata: Mapping[str, Any]) ->
 
 def _unreadable(context: dg.AssetCheckExecutionContext, asset: str) -> dict[str, str]:
     """The objects that the day's latest materialization could not read."""
-    records = context.instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[context.partition_key]), limit=1
-    ).records
-    metadata = records[0].asset_materialization.metadata if records and records[0].asset_materialization else {}
+    latest = latest_materialization(context.instance, asset, context.partition_key)
+    metadata = latest.asset_materialization.metadata if latest and latest.asset_materialization else {}
     value = metadata[UNREADABLE_OBJECTS].value if UNREADABLE_OBJECTS in metadata else {}
     return value if isinstance(value, dict) else {}
 

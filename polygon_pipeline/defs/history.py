@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.partitions import latest_materialization, trading_days
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline.settings import ConfigurationError
@@ -100,20 +100,15 @@ def _shown(kept: "Kept") -> dict[str, Any]:
     }
 
 
-def _latest(instance: dg.DagsterInstance, day: date) -> dg.EventLogRecord | None:
-    wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("reference_bars"), asset_partitions=[day.isoformat()])
-    return next(iter(instance.fetch_materializations(wanted, limit=1).records), None)
-
-
 def _made_at(instance: dg.DagsterInstance, day: date) -> datetime:
     """When a day was last materialized."""
-    latest = _latest(instance, day)
+    latest = latest_materialization(instance, "reference_bars", day.isoformat())
     return datetime.fromtimestamp(latest.timestamp if latest else 0, UTC)
 
 
 def _known_until_ms(instance: dg.DagsterInstance, day: date) -> int:
     """Up to where a day's bars are known, as its materialization says; the file itself may be 40 MB."""
-    latest = _latest(instance, day)
+    latest = latest_materialization(instance, "reference_bars", day.isoformat())
     found = latest.asset_materialization.metadata.get(_KNOWN_UNTIL) if latest and latest.asset_materialization else None
     return int(found.value * 1000) if isinstance(found, dg.TimestampMetadataValue) else 0
 

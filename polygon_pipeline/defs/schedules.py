@@ -7,6 +7,7 @@ import dagster as dg
 
 from polygon_pipeline.defs.collect import RAW_ASSETS
 from polygon_pipeline.defs.history import reference_job
+from polygon_pipeline.defs.partitions import latest_materialization
 from polygon_pipeline.defs.staleness import INPUTS, REFERENCE, reference_is_due, stale_datasets
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
@@ -124,12 +125,9 @@ def _request(what: str, day: date, now: datetime, names: Collection[str]) -> dg.
 
 
 def _latest_materializations(instance: dg.DagsterInstance, day: date) -> dict[str, dg.EventLogRecord]:
-    latest = {}
-    for name in [*RAW_ASSETS.values(), REFERENCE, *INPUTS]:
-        wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(name), asset_partitions=[day.isoformat()])
-        for record in instance.fetch_materializations(wanted, limit=1).records:
-            latest[name] = record
-    return latest
+    names = [*RAW_ASSETS.values(), REFERENCE, *INPUTS]
+    latest = {name: latest_materialization(instance, name, day.isoformat()) for name in names}
+    return {name: record for name, record in latest.items() if record}
 
 
 def _days_being_made(instance: dg.DagsterInstance, days: Collection[date]) -> list[date]:

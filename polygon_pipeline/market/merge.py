@@ -44,7 +44,7 @@ JOIN = f"""
     FROM stream FULL JOIN reference USING (ticker, timestamp)
 """
 
-# $open_ms, $close_ms: the regular session's, in Unix ms.
+# session: which part of the day a timestamp is in, which market.transform says.
 MERGED = f"""
     SELECT
         ticker,
@@ -54,10 +54,7 @@ MERGED = f"""
         CASE WHEN replaced THEN coalesce(reference.vwap, stream.vwap) ELSE stream.vwap END AS vwap,
         stream.day_open, stream.day_volume, stream.day_vwap, stream.average_trade_size, stream.otc,
         CASE WHEN verdict <> 'kept' THEN reference.transactions END AS transactions,
-        CASE
-            WHEN epoch_ms(timestamp) < $open_ms THEN 'pre' WHEN epoch_ms(timestamp) < $close_ms THEN 'regular'
-            ELSE 'post'
-        END AS session,
+        {{session}} AS session,
         coalesce(stream.revisions, 0) AS revisions,
         CASE WHEN replaced THEN reference.received_at ELSE stream.received_at END AS received_at,
         CASE WHEN replaced THEN reference.source ELSE stream.source END AS source

@@ -10,13 +10,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from types import TracebackType
 
 import duckdb
 import msgspec
 
 from polygon_pipeline.market.calendar import day_bounds_ms
-from polygon_pipeline.market.transform import connect, copy
+from polygon_pipeline.market.transform import OutOfCore, connect, copy, unpacked
 
 FLAT_FILE_COLUMNS = {
     "ticker": "VARCHAR",
@@ -144,11 +143,11 @@ def from_flat_file(
     with connect(folder) as connection, _telling(str(file)):
         copy(connection, _FROM_FLAT_FILE, target, parameters, _described(info))
     plain.unlink()
-    if not _rows(target):
+    if not count_rows(target):
         raise UnreadableReference(f"{file} has no bar of {day}; is it another day's file?")
 
 
-class Pages:
+class Pages(OutOfCore):
     """REST pages, one a line of JSON (.jsonl or .jsonl.zst): ticker, fetched_at, bars. Read once for all their days.
 
     A context manager. tickers: those that were asked for, with or without bars; what else there is is left out.
@@ -161,17 +160,11 @@ class Pages:
         for file in files:
             for _ in _unpacked(file):  # DuckDB takes the end of a cut archive for its end
                 pass
+        super().__init__(folder)
         self._tickers = tuple(sorted(tickers))
-        self._connection = connect(folder)
         parameters = {"files": [str(file) for file in files], "tickers": list(tickers)}
         with _telling(f"the {len(files)} files of pages"):
             self._connection.execute(_READ_PAGES, parameters)
-
-    def __enter__(self) -> Pages:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._connection.close()
 
     def write(self, day: date, until_ms: int, target: Path) -> None:
         """Writes a day's reference.
@@ -201,7 +194,7 @@ def same_bars(old: Path, new: Path) -> bool:
     def known(file: Path) -> ReferenceInfo:
         return msgspec.structs.replace(read_reference_info(file), etag=None)
 
-    if known(old) != known(new) or _rows(old) != _rows(new):
+    if known(old) != known(new) or count_rows(old) != count_rows(new):
         return False
     # Rows are unique, so one direction is enough.
     query = f"SELECT {_COMPARED} FROM read_parquet($old) EXCEPT SELECT {_COMPARED} FROM read_parquet($new) LIMIT 1"
@@ -222,17 +215,14 @@ def _described(info: ReferenceInfo) -> dict[str, str]:
 
 
 def _unpacked(file: Path) -> Iterator[bytes]:
-    import pyarrow as pa
-
     try:
-        with pa.input_stream(file, compression="detect") as content:
-            while chunk := content.read(1 << 20):
-                yield chunk
+        yield from unpacked(file)
     except OSError as error:
         raise UnreadableReference(f"{file} is damaged: {error}") from error
 
 
-def _rows(file: Path) -> int:
+def count_rows(file: Path) -> int:
+    """How many bars a reference file has."""
     import pyarrow.parquet as pq
 
     return int(pq.read_metadata(file).num_rows)

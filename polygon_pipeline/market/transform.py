@@ -10,12 +10,12 @@ and sums are exact decimals, because adding floats in whatever order threads fin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import duckdb
 import msgspec
@@ -226,7 +226,23 @@ class NoBars(Exception):
     """There is nothing to make a dataset of."""
 
 
-class Normalization:
+class OutOfCore:
+    """Work on a DuckDB connection of its own, which ends with the `with` block.
+
+    folder: an empty local folder for what does not fit into memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._connection = connect(folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._connection.close()
+
+
+class Normalization(OutOfCore):
     """One day and channel from raw to normalized. A context manager; add what there is, then write().
 
     folder: an empty local folder for what does not fit into memory. unreadable: the files that could not be read, or
@@ -234,9 +250,9 @@ class Normalization:
     """
 
     def __init__(self, day: date, channel: Channel, folder: Path) -> None:
+        super().__init__(folder)
         self._day = day
         self._channel = channel
-        self._connection = connect(folder)
         first_ms, after_ms = day_bounds_ms(day)
         self._bounds = {"first_ms": first_ms, "after_ms": after_ms}
         self._waiting: list[Path] = []  # frames not read yet
@@ -252,12 +268,6 @@ class Normalization:
             )
             """
         )
-
-    def __enter__(self) -> Normalization:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._connection.close()
 
     def add_frames(self, files: Sequence[Path]) -> None:
         """Adds the bars in raw-frames files (.jsonl or .jsonl.zst)."""
@@ -310,7 +320,8 @@ class Normalization:
         if self._has_reference:
             self._connection.execute(f"CREATE OR REPLACE TEMP TABLE stream AS {stream}", {**parts, **frames})
             self._connection.execute(merge.JOIN)
-            rows = copy(self._connection, merge.MERGED, target, parts)
+            merged = merge.MERGED.format(session=_SESSION.format(start_ms="epoch_ms(timestamp)"))
+            rows = copy(self._connection, merged, target, parts)
         else:
             rows = copy(self._connection, stream, target, {**parts, **frames})
         if not rows:
@@ -353,19 +364,25 @@ class Normalization:
         }
 
 
-def _decompression_fault(file: Path) -> str | None:
+def unpacked(file: Path) -> Iterator[bytes]:
+    """A file's content, compressed or not, piece by piece. Raises OSError where an archive is damaged or cut short."""
     import pyarrow as pa
 
+    with pa.input_stream(file, compression="detect") as content:
+        while chunk := content.read(1 << 20):
+            yield chunk
+
+
+def _decompression_fault(file: Path) -> str | None:
     try:
-        with pa.input_stream(file, compression="detect") as content:
-            while content.read(1 << 20):
-                pass
+        for _ in unpacked(file):
+            pass
     except OSError as error:
         return str(error)
     return None
 
 
-class Derivation:
+class Derivation(OutOfCore):
     """One day's normalized minute bars (a table or a Parquet file), scanned once for all that is made of them.
 
     A context manager. folder: an empty local folder for what does not fit into memory. Raises NoBars for a day that
@@ -373,19 +390,13 @@ class Derivation:
     """
 
     def __init__(self, day: date, normalized: pa.Table | Path, folder: Path) -> None:
+        super().__init__(folder)
         self._day = day
-        self._connection = connect(folder)
         if isinstance(normalized, Path):
             self._connection.read_parquet(str(normalized)).create_view("normalized")
         else:
             self._connection.register("normalized", normalized)
         self._connection.execute(_BUCKETS, _regular_hours(day))
-
-    def __enter__(self) -> Derivation:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._connection.close()
 
     def write(self, name: str, target: Path) -> None:
         """Writes bars_5m, bars_15m, bars_1h or daily_bars, sorted by ticker and time."""
