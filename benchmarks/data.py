@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 from benchmarks.harness import Run, say
-from polygon_pipeline.lake import frames, layout
+from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.store import Lake, S3Access, open_lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.feed import Event
@@ -68,12 +68,12 @@ def _archive(lake: Lake, day: Iterator[tuple[datetime, bytes, int]]) -> int:
     for arrival, payload, count in day:
         # Strictly increasing, as the journal stamps them.
         previous_us = max(previous_us + 1, int(arrival.timestamp() * 1_000_000))
-        lines.append(frames.frame_line(datetime.fromtimestamp(previous_us / 1_000_000, UTC), payload, ()))
+        lines.append(archive.frame_line(datetime.fromtimestamp(previous_us / 1_000_000, UTC), payload, ()))
         size, bars = size + len(payload), bars + count
         if size > _SEGMENT_BYTES:
-            lake.put(layout.frames_key(DAY, "bench", segment), frames.compress(lines))
+            lake.put(layout.frames_key(DAY, "bench", segment), archive.compress(lines))
             lines, size, segment = [], 0, segment + 1
-    lake.put(layout.frames_key(DAY, "bench", segment), frames.compress(lines))
+    lake.put(layout.frames_key(DAY, "bench", segment), archive.compress(lines))
     return bars
 
 

@@ -12,21 +12,22 @@ from pathlib import Path
 from benchmarks import data, normalizing
 from benchmarks.equality import KEY_AND_PRICES, same_rows
 from benchmarks.harness import Run, Table, at_least, contest, measure
+from polygon_pipeline.datasets.catalog import DERIVED
+from polygon_pipeline.datasets.session import describe
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.market.reference import count_rows
 
 _NAMES = {"bars_5m": "5min", "bars_15m": "15min", "bars_1h": "1h"}
 
 
 def ours(run: Run, normalized: Path) -> Callable[[], Path]:
-    from polygon_pipeline.market.transform import Derivation
+    from polygon_pipeline.datasets.resample import Resampling
 
     folder = Path(tempfile.mkdtemp(dir=run.scratch))
 
     def work() -> Path:
-        with Derivation(data.DAY, normalized, folder) as derivation:
-            for name in (*_NAMES, "daily_bars"):
-                derivation.write(name, folder / f"{name}.parquet")
+        with Resampling(data.DAY, normalized, folder) as resampling:
+            for dataset in DERIVED:
+                resampling.write(dataset, folder / f"{dataset.name}.parquet")
         return folder
 
     return work
@@ -75,7 +76,7 @@ def _same(ours: Path, theirs: Path) -> None:
 def benchmark(run: Run) -> Iterator[Table]:
     tickers = data.WHOLE_MARKET if run.full else data.WHOLE_MARKET // 4
     normalized = normalizing.ours(run, tickers, Channel.MINUTE)()
-    bars = count_rows(normalized)
+    bars = describe(normalized).rows
     rows = contest(
         [
             ("ours", lambda: measure(ours, run, normalized)),

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import data
 from benchmarks.harness import Measured, Run, Table, Timed, at_least, at_most, contest, measure
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.objects import encode_record
+from polygon_pipeline.lake.records import encode_record
 from polygon_pipeline.lake.store import Lake, S3Access, open_lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon.messages import decode_frame
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 if TYPE_CHECKING:
     from polygon_pipeline.collector.journal import Journal, JournalHeader
@@ -103,7 +103,7 @@ def objects(payloads: list[bytes]) -> list[tuple[str, bytes]]:
 
 
 def durable(run: Run, payloads: list[bytes]) -> Callable[[], Timed]:
-    from polygon_pipeline.collector.journal import Kind
+    from polygon_pipeline.collector.journal import RecordType
 
     folder = Path(tempfile.mkdtemp(dir=run.scratch))
     journal = _journal(folder, (folder / "lake").as_uri())[0]
@@ -112,7 +112,7 @@ def durable(run: Run, payloads: list[bytes]) -> Callable[[], Timed]:
     def work() -> Timed:
         started = time.perf_counter()
         for payload in payloads:
-            journal.append(Kind.FRAME, payload)
+            journal.append(RecordType.FRAME, payload)
         written = sum(path.stat().st_size for path in folder.glob("journal/*/*.segment"))
         while journal.end_of(1)[0] < written:
             time.sleep(0.001)
@@ -122,7 +122,7 @@ def durable(run: Run, payloads: list[bytes]) -> Callable[[], Timed]:
 
 
 def ours(run: Run, server: Server, bucket: str, payloads: list[bytes]) -> Callable[[], int]:
-    from polygon_pipeline.collector.journal import Kind
+    from polygon_pipeline.collector.journal import RecordType
     from polygon_pipeline.collector.publisher import Publisher
 
     lake = server.lake(bucket)
@@ -132,7 +132,7 @@ def ours(run: Run, server: Server, bucket: str, payloads: list[bytes]) -> Callab
 
     def work() -> int:
         for payload in payloads:
-            journal.append(Kind.FRAME, payload)
+            journal.append(RecordType.FRAME, payload)
         while publisher.account.bars < _BARS or publisher._pending:
             if not publisher.step():
                 journal.wait(*publisher.position, 1)

@@ -30,7 +30,7 @@ _BARE = """
 def ours(run: Run, file: Path) -> Callable[[], Path]:
     import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
 
-    from polygon_pipeline.market.reference import from_flat_file
+    from polygon_pipeline.datasets.reference import from_flat_file
 
     folder = Path(tempfile.mkdtemp(dir=run.scratch))
     target = folder / "ours.parquet"

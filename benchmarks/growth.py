@@ -22,7 +22,7 @@ _TIMES = (1, 4, 16)
 def publishing(run: Run, tickers: int) -> Callable[[], int]:
     import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
 
-    from polygon_pipeline.collector.journal import Journal, JournalHeader, Kind
+    from polygon_pipeline.collector.journal import Journal, JournalHeader, RecordType
     from polygon_pipeline.collector.publisher import Publisher
 
     folder = Path(tempfile.mkdtemp(dir=run.scratch))
@@ -30,7 +30,7 @@ def publishing(run: Run, tickers: int) -> Callable[[], int]:
     header = JournalHeader("bench", data.DAY, lake.uri, "simulated", datetime.now(UTC), False, True)
     journal = Journal(folder / "journal", header)
     for _, payload, _ in data.payloads(tickers, run.seed, Channel.MINUTE):
-        journal.append(Kind.FRAME, payload)
+        journal.append(RecordType.FRAME, payload)
     journal.close()
     publisher = Publisher(lake, journal, header)
 

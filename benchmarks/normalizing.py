@@ -41,7 +41,7 @@ _BARE = """
 def ours(run: Run, tickers: int, channel: Channel) -> Callable[[], Path]:
     import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
 
-    from polygon_pipeline.lake.raw import normalize_day
+    from polygon_pipeline.datasets.inputs import normalize_day
 
     lake, _ = data.frames_lake(run, tickers, channel)
     folder = Path(tempfile.mkdtemp(dir=run.scratch))

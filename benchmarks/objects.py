@@ -20,10 +20,10 @@ from benchmarks.edge import Server
 from benchmarks.equality import same_rows
 from benchmarks.harness import Measured, Run, Table, at_least, contest, measure
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.objects import encode_record
+from polygon_pipeline.lake.records import encode_record
 from polygon_pipeline.lake.store import for_each
 from polygon_pipeline.market.bars import Bar, Channel
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 _MOST_FOR_BOTO3 = 20_000  # whose rate is known by then: ten times as many take ten minutes
 
@@ -33,7 +33,7 @@ _PREFIX = layout.raw_prefix(Channel.MINUTE, data.DAY)
 def ours(run: Run, server: Server, bucket: str) -> Callable[[], Path]:
     import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
 
-    from polygon_pipeline.lake.raw import normalize_day
+    from polygon_pipeline.datasets.inputs import normalize_day
 
     lake = server.lake(bucket)
     folder = Path(tempfile.mkdtemp(dir=run.scratch))

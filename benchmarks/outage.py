@@ -19,7 +19,7 @@ from benchmarks.edge import Server
 from benchmarks.harness import PeakMemory, Run, Table, at_most, measure, resident_mb
 from benchmarks.server import serving
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 Found = tuple[float, float, float, int]  # MB before, at most during, at most after; bytes that waited
 

@@ -1,9 +1,10 @@
 """The environment variables, read and checked in one place. Every error names its variable.
 
-Belongs here: names, defaults and rules of configuration. Does not belong here: using any of it.
+Belongs here: names, defaults and rules of configuration. Does not belong here: using any of it, and what the demo sets
+where nothing is set (demo).
 
-Without POLYGON_API_KEY the built-in simulator is the feed, and a demo lake below `var/demo` takes what it sends.
-`POLYGON_API_KEY=simulator` asks for the simulator by name; only then may it feed an `s3://` lake.
+Without POLYGON_API_KEY the feed is simulated. `POLYGON_API_KEY=simulator` asks for that by name; only then may it fill
+an `s3://` lake.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
-from polygon_pipeline.market.bars import Channel, ticker_fault
-from polygon_pipeline.simulator.tickers import WATCH_LIST
+from polygon_pipeline.market.bars import Channel, ticker_error
 
 WEBSOCKET_URL = "wss://socket.massive.com/stocks"
 REST_URL = "https://api.massive.com"
@@ -30,7 +31,7 @@ class ConfigurationError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """The environment's say. tickers: symbols, or `("*",)` for the whole market.
+    """What the environment says. tickers: symbols, or `("*",)` for the whole market.
 
     websocket_url and rest_url: None for the built-in simulator's own. The flat files' three are all set or all None.
     """
@@ -53,6 +54,16 @@ class Settings:
         return self.feed == "simulated"
 
     @property
+    def time_base(self) -> Literal["processing", "event"]:
+        """Which time tells what a connection covered: a simulator may play a past day, faster than the clock."""
+        return "event" if self.is_simulated else "processing"
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the built-in simulator is the feed."""
+        return self.websocket_url is None
+
+    @property
     def is_whole_market(self) -> bool:
         return self.tickers == ("*",)
 
@@ -62,11 +73,14 @@ class Settings:
         return [f"{channel}.{ticker}" for channel in self.channels for ticker in self.tickers]
 
 
+def is_simulated(environment: Mapping[str, str]) -> bool:
+    """Whether the feed is simulated: no key is set, or the simulator's name."""
+    return environment.get("POLYGON_API_KEY", "").strip() in ("", SIMULATOR_KEY)
+
+
 def load(environment: Mapping[str, str]) -> Settings:
     """Reads the variables. Raises ConfigurationError for a value that cannot work; nothing is contacted."""
-    api_key = environment.get("POLYGON_API_KEY", "").strip()
-    simulated = api_key in ("", SIMULATOR_KEY)
-    base = Path("var/demo" if simulated else "var").resolve()
+    simulated = is_simulated(environment)
     websocket_url = environment.get("POLYGON_WEBSOCKET_URL") or (None if simulated else WEBSOCKET_URL)
     rest_url = environment.get("POLYGON_REST_URL") or (None if simulated else REST_URL)
     flat_files_url, flat_files_key_id, flat_files_secret = _flat_files(environment)
@@ -74,26 +88,40 @@ def load(environment: Mapping[str, str]) -> Settings:
         require_private("POLYGON_WEBSOCKET_URL", websocket_url, "wss", "ws")
     if rest_url:
         require_private("POLYGON_REST_URL", rest_url, "https", "http")
-    lake_uri = environment.get("LAKE_URI") or (base / "lake").as_uri()
-    if lake_uri.lower().startswith("s3://") and not api_key:
-        raise ConfigurationError(
-            f"LAKE_URI is {lake_uri}, but without POLYGON_API_KEY the feed would be simulated. Set POLYGON_API_KEY to "
-            f"collect the market, or to {SIMULATOR_KEY!r} to put simulated data there on purpose."
-        )
     return Settings(
         feed="simulated" if simulated else "polygon",
-        api_key=api_key or SIMULATOR_KEY,
+        api_key=SIMULATOR_KEY if simulated else environment["POLYGON_API_KEY"].strip(),
         websocket_url=websocket_url,
         rest_url=rest_url,
         rest_requests_per_minute=parse_requests(environment.get("POLYGON_REST_REQUESTS_PER_MINUTE") or "5"),
         flat_files_url=flat_files_url,
         flat_files_key_id=flat_files_key_id,
         flat_files_secret=flat_files_secret,
-        tickers=parse_tickers(environment.get("POLYGON_TICKERS", ",".join(WATCH_LIST)).split(",")),
+        tickers=_tickers(environment),
         channels=parse_channels(environment.get("POLYGON_CHANNELS", Channel.MINUTE).split(",")),
-        lake_uri=lake_uri,
-        journal_dir=Path(environment.get("JOURNAL_DIR") or base / "journal").resolve(),
+        lake_uri=lake_uri(environment),
+        journal_dir=Path(environment.get("JOURNAL_DIR") or "var/journal").resolve(),
     )
+
+
+def lake_uri(environment: Mapping[str, str]) -> str:
+    """LAKE_URI. Raises ConfigurationError where a simulated feed would fill an S3 lake without being asked to."""
+    uri = environment.get("LAKE_URI") or Path("var/lake").resolve().as_uri()
+    if uri.lower().startswith("s3://") and not environment.get("POLYGON_API_KEY", "").strip():
+        raise ConfigurationError(
+            f"LAKE_URI is {uri}, but without POLYGON_API_KEY the feed would be simulated. Set POLYGON_API_KEY to "
+            f"collect the market, or to {SIMULATOR_KEY!r} to put simulated data there on purpose."
+        )
+    return uri
+
+
+def _tickers(environment: Mapping[str, str]) -> tuple[str, ...]:
+    names = environment.get("POLYGON_TICKERS", "")
+    if not names.strip():
+        raise ConfigurationError(
+            "POLYGON_TICKERS is not set. Name the tickers to collect, such as SPY,BRK.B, or * for the whole market."
+        )
+    return parse_tickers(names.split(","))
 
 
 def parse_tickers(names: list[str]) -> tuple[str, ...]:
@@ -104,8 +132,8 @@ def parse_tickers(names: list[str]) -> tuple[str, ...]:
     if "*" in tickers:
         return ("*",)
     for ticker in tickers:
-        if fault := ticker_fault(ticker):
-            raise ConfigurationError(f"POLYGON_TICKERS has {ticker!r}: {fault}.")
+        if error := ticker_error(ticker):
+            raise ConfigurationError(f"POLYGON_TICKERS has {ticker!r}: {error}.")
     return tickers
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polygon_pipeline.lake.store import Lake, S3Access, open_lake
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from polygon_pipeline.collector.account import Ledger, decode_ledger
 from polygon_pipeline.collector.lease import Holding, read_lease
+from polygon_pipeline.lake.ledger import Ledger, decode_ledger
 from polygon_pipeline.lake.store import Lake
 
 T = TypeVar("T")

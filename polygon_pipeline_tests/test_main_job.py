@@ -19,16 +19,16 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from polygon_pipeline.collector.account import decode_ledger
-from polygon_pipeline.collector.journal import Kind, leftovers
+from polygon_pipeline.collector.journal import RecordType, leftovers
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.ledger import decode_ledger
 from polygon_pipeline.lake.store import Lake, S3Access, open_lake
 from polygon_pipeline.market.bars import iso_seconds
-from polygon_pipeline.market.calendar import session_date
+from polygon_pipeline.market.calendar import trade_date
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.replay import CsvFeed
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 _REAL_BARS = Path(__file__).parents[2] / "shared" / "data" / "real-bars"
 _DAYS = ["2013-10-07", "2013-10-08", "2013-10-09"]
@@ -127,7 +127,7 @@ def _assert_objects(lake: Lake, bars: list[dict[str, str]]) -> None:
     expected = {}
     for bar in bars:
         start_ms = int(bar["start_ms"])
-        day = session_date(start_ms).isoformat()
+        day = trade_date(start_ms).isoformat()
         expected[f"raw-data/{day}/{bar['ticker']}/{iso_seconds(start_ms)}.json"] = bar
     assert keys == sorted(expected)
     content: dict[str, bytes] = {}
@@ -259,7 +259,7 @@ def test_a_second_signal_ends_a_run_at_once_and_the_journal_keeps_what_came(
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) != 0
     (left,) = leftovers(journal)
-    frames = sum(1 for record in left.read(1, 0, left.end_of(1)[0]) if record.kind is Kind.FRAME)
+    frames = sum(1 for record in left.read(1, 0, left.end_of(1)[0]) if record.kind is RecordType.FRAME)
     left.release()
     assert frames > 3, "more than the three statuses of the handshake"
 

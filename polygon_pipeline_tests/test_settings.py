@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygon_pipeline import settings
-from polygon_pipeline.market.bars import Channel, ticker_fault
+from polygon_pipeline.market.bars import Channel, ticker_error
 from polygon_pipeline.settings import ConfigurationError, Settings, load
 
 KEY = "a-very-secret-key"
 SECRET = "another-secret"
-REAL = {"POLYGON_API_KEY": KEY}
+REAL = {"POLYGON_API_KEY": KEY, "POLYGON_TICKERS": "SPY"}
+SIMULATED = {"POLYGON_TICKERS": "SPY"}
 FLAT_FILES = {"POLYGON_FLAT_FILES_KEY_ID": "an-id", "POLYGON_FLAT_FILES_SECRET": SECRET}
 
 
@@ -32,14 +33,21 @@ def refused(**environment: str) -> str:
     return str(error.value)
 
 
-def test_without_a_key_the_simulator_feeds_a_demo_lake(tmp_path: Path) -> None:
-    found = load({})
-    assert (found.feed, found.is_simulated) == ("simulated", True)
-    assert (found.websocket_url, found.rest_url) == (None, None), "the simulator's own, which have no fixed port"
-    assert found.lake_uri == (tmp_path / "var/demo/lake").as_uri()
-    assert found.journal_dir == tmp_path / "var/demo/journal"
+def test_without_a_key_the_feed_is_simulated_by_a_server_without_a_fixed_port() -> None:
+    found = load(SIMULATED)
+    assert (found.feed, found.is_simulated, found.is_demo) == ("simulated", True, True)
+    assert (found.websocket_url, found.rest_url) == (None, None)
     assert found.channels == (Channel.MINUTE,)
-    assert len(found.tickers) > 1
+
+
+@pytest.mark.parametrize("environment", [{}, {"POLYGON_TICKERS": ""}, {"POLYGON_TICKERS": " "}])
+def test_whoever_names_no_tickers_is_told_the_variable(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigurationError, match="POLYGON_TICKERS is not set"):
+        load({"POLYGON_API_KEY": KEY, **environment})
+
+
+def test_the_lake_can_be_opened_without_naming_tickers(tmp_path: Path) -> None:
+    assert settings.lake_uri({"POLYGON_API_KEY": KEY}) == (tmp_path / "var/lake").as_uri()
 
 
 def test_with_a_key_the_vendor_feeds_a_lake_of_its_own(tmp_path: Path) -> None:
@@ -53,11 +61,11 @@ def test_with_a_key_the_vendor_feeds_a_lake_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["", "  ", "simulator", " simulator "])
 def test_no_key_and_the_simulators_name_are_the_simulator(key: str) -> None:
-    assert load({"POLYGON_API_KEY": key}).is_simulated
+    assert load(SIMULATED | {"POLYGON_API_KEY": key}).is_simulated
 
 
 def test_white_space_around_a_key_is_no_part_of_it() -> None:
-    assert load({"POLYGON_API_KEY": f" {KEY}\n"}).api_key == KEY
+    assert load(REAL | {"POLYGON_API_KEY": f" {KEY}\n"}).api_key == KEY
 
 
 def test_the_key_is_not_shown() -> None:
@@ -119,26 +127,17 @@ def test_an_empty_variable_is_an_absent_one(name: str) -> None:
 
 def test_without_a_key_no_s3_lake_is_filled() -> None:
     with pytest.raises(ConfigurationError, match="LAKE_URI is s3://bucket/x, but without POLYGON_API_KEY"):
-        load({"LAKE_URI": "s3://bucket/x"})
+        load(SIMULATED | {"LAKE_URI": "s3://bucket/x"})
 
 
 def test_the_simulator_may_fill_an_s3_lake_when_asked_by_name() -> None:
-    found = load({"LAKE_URI": "s3://bucket/x", "POLYGON_API_KEY": "simulator"})
+    found = load(SIMULATED | {"LAKE_URI": "s3://bucket/x", "POLYGON_API_KEY": "simulator"})
     assert (found.lake_uri, found.is_simulated) == ("s3://bucket/x", True)
 
 
 def test_the_case_of_a_scheme_opens_no_back_door() -> None:
     with pytest.raises(ConfigurationError, match="LAKE_URI"):
-        load({"LAKE_URI": "S3://bucket/x"})
-
-
-def test_simulated_and_real_defaults_share_no_folder() -> None:
-    simulated, real = load({}), load(REAL)
-    assert simulated.lake_uri != real.lake_uri
-    assert simulated.journal_dir != real.journal_dir
-
-
-# URLs
+        load(SIMULATED | {"LAKE_URI": "S3://bucket/x"})
 
 
 @pytest.mark.parametrize(
@@ -280,7 +279,7 @@ def test_any_text_is_a_list_of_tickers_or_refused_by_name(text: str) -> None:
     else:
         assert tickers
         assert len(set(tickers)) == len(tickers)
-        assert all(ticker_fault(ticker) is None for ticker in tickers)
+        assert all(ticker_error(ticker) is None for ticker in tickers)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,20 @@
 """One run of the collector: the stream writes the journal, the publisher reads it, and the main thread watches.
 
-Belongs here: the threads, what ends a run and how, retrying the store, and telling the caller how it goes. Does not
-belong here: Dagster, and the three parts themselves (polygon.stream, collector.journal, collector.publisher).
+Belongs here: the threads, what ends a run and how, retrying the store, and reporting how it goes. Does not belong
+here: Dagster, and the three parts themselves (polygon.stream, collector.journal, collector.publisher).
+
+A run goes through four phases (Phase), each entered by one thread and awaited by others:
+
+1. ADMISSION. `publish` opens the lake and takes the lease, before the vendor sees a connection: a second one would
+   evict the first. A lake that is down is not waited for: the journal takes what comes, and admission follows.
+2. COLLECTING, entered by `publish`. `stream` appends frames to the journal; `publish` recovers the journals of lost
+   runs and then publishes this one's; `lease` renews; `main` asks whether to end, checks for failures and reports.
+3. DRAINING, entered by `main` when the stream has ended and the journal is closed. `publish` publishes the rest for as
+   long as that makes progress.
+4. FINISHED, entered by `publish` or, where it gave up, by `main`. `lease` stops renewing, and the lease is released.
+
+Five threads: main, stream, publish, lease, and the journal's own for syncing. A failure in any of them ends the run by
+way of `main`, which raises it after draining.
 """
 
 from __future__ import annotations
@@ -17,23 +30,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
+from enum import IntEnum
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from polygon_pipeline.collector.account import Account
+from polygon_pipeline.collector.accounting import archived
 from polygon_pipeline.collector.journal import (
     Journal,
     JournalError,
     JournalHeader,
-    Kind,
     LeftoverJournal,
+    RecordType,
     leftovers,
 )
-from polygon_pipeline.collector.lease import RENEW_SECONDS, Lease, Status
+from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Lease
 from polygon_pipeline.collector.publisher import Publisher
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake, brief, permanent_fault
+from polygon_pipeline.lake.archive import ArchivedEvent
+from polygon_pipeline.lake.ledger import Account, TimeBase
+from polygon_pipeline.lake.store import STORE_ERRORS, Lake, brief, permanent_error
 from polygon_pipeline.polygon.stream import Backoff, ConnectionEvent, EventKind, Stream
 
 T = TypeVar("T")
@@ -51,7 +67,8 @@ class Plan:
     """What a run is to collect and where it is to go.
 
     run: a name that sorts by time. owner: who to ask about the run (Dagster's run id). topics: such as `AM.SPY`.
-    quiet_limit: how many seconds a subscribed connection may bring no frame, now; None for any time.
+    quiet_limit: how many seconds a subscribed connection may bring no frame, now; None for any time. time_base: which
+    time tells what a connection covered (lake.ledger).
     """
 
     run: str
@@ -66,6 +83,7 @@ class Plan:
     write_frames: bool = True
     checkpoint_seconds: float = 300.0
     quiet_limit: Callable[[], float | None] = lambda: None
+    time_base: TimeBase = "processing"
 
 
 @dataclass(frozen=True)
@@ -85,25 +103,23 @@ class Progress:
     store_fault: str | None
 
 
+class Phase(IntEnum):
+    """How far a run has come; the module's docstring says who enters each."""
+
+    ADMISSION = 1
+    COLLECTING = 2
+    DRAINING = 3
+    FINISHED = 4
+
+
 class Collector:
-    """Collects by a plan. Connection changes and faults are told to `log`, always on the thread that calls run()."""
+    """Collects by a plan. Connection changes and faults go to `log`, always on the thread that calls run()."""
 
     def __init__(self, lake: Lake, plan: Plan, log: logging.Logger, backoff: Backoff | None = None) -> None:
         self._lake = lake
         self._plan = plan
         self._log = log
         self._backoff = backoff
-        self._started = time.monotonic()
-        self._stop_stream = threading.Event()
-        self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
-        self._admitted = threading.Event()
-        self._draining = threading.Event()
-        self._finished = threading.Event()
-        self._connected = False
-        self._drain_deadline = math.inf
-        self._store_fault: str | None = None
-        self._reported: dict[date, int] = {}
 
     def run(self, ending: Callable[[], str | None], on_checkpoint: Callable[[Progress], None]) -> str:
         """Collects until `ending` (asked twice a second) gives a reason, then drains, and returns the reason.
@@ -113,62 +129,99 @@ class Collector:
         another collector is at work, and JournalError when the journal cannot be written; what was received until
         then is drained all the same.
         """
-        with _rarely_looking_for_cycles():
-            return self._run(ending, on_checkpoint)
+        with _rare_garbage_collection():
+            return _Run(self._lake, self._plan, self._log, self._backoff, on_checkpoint).run(ending)
 
-    def _run(self, ending: Callable[[], str | None], on_checkpoint: Callable[[Progress], None]) -> str:
-        plan = self._plan
-        left = leftovers(plan.journal_dir)
+
+class _Run:
+    """One run of a collector; it exists from the moment its journal does."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        plan: Plan,
+        log: logging.Logger,
+        backoff: Backoff | None,
+        on_checkpoint: Callable[[Progress], None],
+    ) -> None:
+        self._lake = lake
+        self._plan = plan
+        self._log = log
+        self._on_checkpoint = on_checkpoint
+        self._started = time.monotonic()
+        self._phase = Phase.ADMISSION
+        self._phase_changed = threading.Condition()
+        self._leftovers = leftovers(plan.journal_dir)
         header = JournalHeader(
             run=plan.run,
             session_date=plan.session_date,
-            lake_uri=self._lake.uri,
+            lake_uri=lake.uri,
             feed=plan.feed,
             started_at=datetime.now(UTC),
             write_objects=plan.write_objects,
             write_frames=plan.write_frames,
             topics=tuple(plan.topics),
+            time_base=plan.time_base,
         )
         self._journal = Journal(plan.journal_dir, header)
-        self._publisher = Publisher(self._lake, self._journal, header)
-        publishing = self._thread("publish", lambda: self._publish(left))
-        stream: threading.Thread | None = None
+        self._publisher = Publisher(lake, self._journal, header)
+        self._lease = Lease(lake, plan.run, plan.owner)
+        self._stop_stream = threading.Event()
+        self._stream = Stream(
+            plan.url,
+            plan.key,
+            plan.topics,
+            on_frames=lambda frames: self._journal.append(RecordType.FRAME, *frames),
+            on_event=self._note_connection,
+            stop=self._stop_stream,
+            backoff=backoff,
+            quiet_limit=plan.quiet_limit,
+        )
+        self._connected = False
+        self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # for `main` to log
+        self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # for `main` to raise
+        self._store_fault: str | None = None
+        self._drain_deadline = math.inf
+        self._reported: dict[date, int] = {}
+
+    def run(self, ending: Callable[[], str | None]) -> str:
+        """On the thread `main`."""
+        publishing = self._thread("publish", self._publish)
+        receiving: threading.Thread | None = None
         failure: BaseException | None = None
         try:
             reason = self._wait_for_admission(ending)
             if reason is None:
-                stream = self._thread("stream", self._receive)
-                reason = self._watch(ending, on_checkpoint)
+                receiving = self._thread("stream", self._stream.run)
+                reason = self._collect(ending)
         except BaseException as error:  # noqa: BLE001 whatever ends the run, what it received is drained first
             reason, failure = f"failed: {brief(error)}", error
         self._stop_stream.set()
-        if stream:
-            stream.join()
-        self._drain(reason, publishing, received=stream is not None)
+        if receiving:
+            receiving.join()
+        self._drain(reason, publishing, received=receiving is not None)
         if failure:
             raise failure
-        self._checkpoint(on_checkpoint)
+        self._checkpoint()
         return reason
 
-    def _wait_for_admission(self, ending: Callable[[], str | None]) -> str | None:
-        """Waits for the lake and the lease, before the vendor is told: a second connection would evict the first.
+    # On the thread `main`
 
-        A lake that is down is not waited for: the journal takes what comes, and admission follows. Returns a reason
-        where the run is to end already.
-        """
-        while not self._admitted.is_set() and self._store_fault is None:
+    def _wait_for_admission(self, ending: Callable[[], str | None]) -> str | None:
+        """Waits for the lake and the lease. Returns a reason where the run is to end already."""
+        while self._phase is Phase.ADMISSION and self._store_fault is None:
             if not self._failures.empty():
                 raise self._failures.get()
             if reason := ending():
                 return reason
-            self._admitted.wait(_POLL_SECONDS)
+            self._wait_for(Phase.COLLECTING, _POLL_SECONDS)
         return None
 
-    def _watch(self, ending: Callable[[], str | None], on_checkpoint: Callable[[Progress], None]) -> str:
+    def _collect(self, ending: Callable[[], str | None]) -> str:
         next_checkpoint = time.monotonic() + self._plan.checkpoint_seconds
         reported = 0
         while True:
-            self._tell()
+            self._log_messages()
             if not self._failures.empty():
                 raise self._failures.get()
             if reason := ending():
@@ -178,20 +231,20 @@ class Collector:
                 self._journal.rotate()
             if self._publisher.segments_published > reported:
                 reported = self._publisher.segments_published
-                self._checkpoint(on_checkpoint)
+                self._checkpoint()
             time.sleep(_POLL_SECONDS)
 
     def _drain(self, reason: str, publishing: threading.Thread, received: bool) -> None:
         """Publishes the rest, as long as that makes progress; what is left waits for the next start."""
         with contextlib.suppress(JournalError):  # raised where it happened: this only ends what can be ended
-            self._journal.append(Kind.EVENT, msgspec.json.encode(ConnectionEvent(EventKind.ENDED, reason)))
+            self._journal.append(RecordType.EVENT, msgspec.json.encode(ArchivedEvent("ended", reason)))
         with contextlib.suppress(JournalError):
             self._journal.close()
         self._drain_deadline = time.monotonic() + DRAIN_SECONDS
-        self._draining.set()
+        self._enter(Phase.DRAINING)
         publishing.join()
-        self._finished.set()
-        self._tell()
+        self._enter(Phase.FINISHED)
+        self._log_messages()
         if received and self._journal.numbers():
             self._log.error(
                 f"{self._backlog_bytes()} bytes could not be published and wait in {self._journal.folder}; the next "
@@ -201,39 +254,43 @@ class Collector:
         else:
             self._journal.discard()
 
-    def _receive(self) -> None:
-        Stream(
-            self._plan.url,
-            self._plan.key,
-            self._plan.topics,
-            on_frames=lambda frames: self._journal.append(Kind.FRAME, *frames),
-            on_event=self._note_connection,
-            stop=self._stop_stream,
-            backoff=self._backoff,
-            quiet_limit=self._plan.quiet_limit,
-        ).run()
+    def _checkpoint(self) -> None:
+        """Reports to the caller how it stands, and which dates got bars since the last report."""
+        progress = self._progress()
+        days = progress.account.days
+        bars = {day: sum(count.bars for count in channels.values()) for day, channels in days.items()}
+        dates = frozenset(day for day, count in bars.items() if count != self._reported.get(day))
+        self._reported = bars
+        self._on_checkpoint(replace(progress, dates=dates))
+
+    def _log_messages(self) -> None:
+        while not self._messages.empty():
+            self._log.log(*self._messages.get())
+
+    # On the thread `stream`
 
     def _note_connection(self, event: ConnectionEvent) -> None:
-        self._journal.append(Kind.EVENT, msgspec.json.encode(event))
+        self._journal.append(RecordType.EVENT, msgspec.json.encode(archived(event)))
         if event.kind in (EventKind.SUBSCRIBED, EventKind.DISCONNECTED, EventKind.REFUSED):
             self._connected = event.kind is EventKind.SUBSCRIBED
         routine = event.kind in (EventKind.CONNECTED, EventKind.SUBSCRIBED) or self._stop_stream.is_set()
         retry = "" if event.retry_seconds is None else f"; next attempt in {event.retry_seconds:.1f} s"
         self._messages.put((logging.INFO if routine else logging.WARNING, f"{event.kind}: {event.detail}{retry}"))
 
-    def _publish(self, left: list[LeftoverJournal]) -> None:
-        lease = Lease(self._lake, self._plan.run, self._plan.owner)
+    # On the thread `publish`
+
+    def _publish(self) -> None:
         try:
             self._persist(lambda: self._lake.claim(self._plan.feed))
-            self._persist(lambda: lease.acquire(self._wait_unless_draining))
-            self._admitted.set()
-            renewing = self._thread("lease", lambda: self._renew(lease))
-            # Dead runs first: their bars are older, and so revisions reach the lake in the order they came.
-            while left:
-                self._recover(left[0])
-                left.pop(0)
+            self._persist(lambda: self._lease.acquire(self._wait_unless_draining))
+            self._enter(Phase.COLLECTING)
+            renewing = self._thread("lease", self._renew)
+            # Lost runs first: their bars are older, and so revisions reach the lake in the order they came.
+            while self._leftovers:
+                self._recover(self._leftovers[0])
+                self._leftovers.pop(0)
             while True:
-                last_round = self._draining.is_set()
+                last_round = self._phase is Phase.DRAINING
                 if self._persist(self._publisher.step):
                     continue
                 if last_round:
@@ -242,40 +299,18 @@ class Collector:
                 time.sleep(_LINGER_SECONDS)
             complete = not self._journal.numbers()
             self._persist(lambda: self._publisher.put_ledger(complete))
-            self._finished.set()
+            self._enter(Phase.FINISHED)
             renewing.join()
-            self._persist(lease.release)
+            self._persist(self._lease.release)
         except _GivenUp:  # _drain says what is left
             with contextlib.suppress(*STORE_ERRORS):
-                lease.release()
+                self._lease.release()
         finally:
-            for journal in left:
+            for journal in self._leftovers:
                 journal.release()
 
-    def _renew(self, lease: Lease) -> None:
-        """Keeps the lease until the run is over. A store that is down does not end it; another holder does."""
-        while not self._finished.wait(RENEW_SECONDS):
-            progress = self._progress()
-            with contextlib.suppress(*STORE_ERRORS):  # the publisher tells of them
-                lease.renew(
-                    Status(
-                        connected=self._connected,
-                        bars=progress.account.bars,
-                        bars_per_second=round(progress.account.bars / progress.elapsed_seconds, 1),
-                        last_bar=progress.account.last_received_at,
-                        backlog_bytes=progress.backlog_bytes,
-                        unpublished_seconds=round(progress.unpublished_seconds, 1),
-                        gaps=len(progress.account.gaps(self._plan.feed)),
-                        store_fault=progress.store_fault,
-                    )
-                )
-
-    def _wait_unless_draining(self, seconds: float) -> None:
-        if self._draining.wait(seconds):
-            raise _GivenUp
-
     def _recover(self, journal: LeftoverJournal) -> None:
-        """Publishes what a dead run left, and completes its ledger."""
+        """Publishes what a lost run left, and completes its ledger."""
         header = journal.header
         if (header.lake_uri, header.feed) != (self._lake.uri, self._plan.feed):
             self._messages.put(
@@ -306,7 +341,7 @@ class Collector:
             try:
                 result = work()
             except STORE_ERRORS as error:
-                fault = str(permanent_fault(error, self._lake.uri) or brief(error))
+                fault = str(permanent_error(error, self._lake.uri) or brief(error))
                 if self._store_fault is None:
                     self._messages.put((logging.ERROR, f"the lake does not take writes, trying on: {fault}"))
                 self._store_fault = fault
@@ -318,18 +353,46 @@ class Collector:
             if self._store_fault is not None:
                 self._messages.put((logging.INFO, "the lake takes writes again"))
                 self._store_fault = None
-            if self._draining.is_set():
+            if self._phase is Phase.DRAINING:
                 self._drain_deadline = time.monotonic() + DRAIN_SECONDS
             return result
 
-    def _checkpoint(self, on_checkpoint: Callable[[Progress], None]) -> None:
-        """Tells the caller how it stands, and which dates got bars since it was last told."""
-        progress = self._progress()
-        days = progress.account.days
-        bars = {day: sum(count.bars for count in channels.values()) for day, channels in days.items()}
-        dates = frozenset(day for day, count in bars.items() if count != self._reported.get(day))
-        self._reported = bars
-        on_checkpoint(replace(progress, dates=dates))
+    def _wait_unless_draining(self, seconds: float) -> None:
+        if self._wait_for(Phase.DRAINING, seconds):
+            raise _GivenUp
+
+    # On the thread `lease`
+
+    def _renew(self) -> None:
+        """Keeps the lease until the run is over. A store that is down does not end it; another holder does."""
+        while not self._wait_for(Phase.FINISHED, RENEW_SECONDS):
+            progress = self._progress()
+            with contextlib.suppress(*STORE_ERRORS):  # `publish` reports them
+                self._lease.renew(
+                    CollectorStatus(
+                        connected=self._connected,
+                        bars=progress.account.bars,
+                        bars_per_second=round(progress.account.bars / progress.elapsed_seconds, 1),
+                        last_bar=progress.account.last_received_at,
+                        backlog_bytes=progress.backlog_bytes,
+                        unpublished_seconds=round(progress.unpublished_seconds, 1),
+                        gaps=len(progress.account.gaps(self._plan.time_base)),
+                        store_fault=progress.store_fault,
+                    )
+                )
+
+    # On any thread
+
+    def _enter(self, phase: Phase) -> None:
+        """Phases only go forward: admission that comes while draining changes nothing."""
+        with self._phase_changed:
+            self._phase = max(self._phase, phase)
+            self._phase_changed.notify_all()
+
+    def _wait_for(self, phase: Phase, seconds: float) -> bool:
+        """Whether the phase is reached, at the latest after so many seconds."""
+        with self._phase_changed:
+            return self._phase_changed.wait_for(lambda: self._phase >= phase, seconds)
 
     def _progress(self) -> Progress:
         account = self._publisher.account
@@ -349,17 +412,13 @@ class Collector:
     def _backlog_bytes(self) -> int:
         return max(0, self._journal.backlog_bytes() - self._publisher.position[1])
 
-    def _tell(self) -> None:
-        while not self._messages.empty():
-            self._log.log(*self._messages.get())
-
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
         """Starts a thread whose failure ends the run."""
 
         def guarded() -> None:
             try:
                 target()
-            except Exception as error:  # noqa: BLE001 handed to the main thread, which raises it
+            except Exception as error:  # noqa: BLE001 handed to `main`, which raises it
                 self._failures.put(error)
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
@@ -368,7 +427,7 @@ class Collector:
 
 
 @contextlib.contextmanager
-def _rarely_looking_for_cycles() -> Iterator[None]:
+def _rare_garbage_collection() -> Iterator[None]:
     """While a collector runs, Python looks for cyclic garbage rarely, and only at what is new.
 
     A collector makes none. Among all the objects of all imports each look takes up to 100 ms, with every thread

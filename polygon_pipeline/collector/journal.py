@@ -1,6 +1,6 @@
 """The journal: everything a run received, on local disk and synced, until it is on the lake.
 
-Belongs here: the files' format, appending, syncing, rotating, finding and locking what dead runs left. Does not
+Belongs here: the files' format, appending, syncing, rotating, finding and locking what lost runs left. Does not
 belong here: what becomes of the records (collector.publisher).
 
 A run's folder in JOURNAL_DIR:
@@ -11,7 +11,7 @@ A run's folder in JOURNAL_DIR:
     000001.segment …        records: length, CRC-32, time, kind, payload
 
 A record counts once it is synced: readers are given nothing beyond `Journal.end_of`. The last record of a killed
-run may be torn; its CRC says so, and it was never given to anyone.
+run may be torn; its CRC says so, and no reader ever saw it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from polygon_pipeline.lake.ledger import TimeBase
+
 # A segment becomes one archive object, and is held in memory while it does.
 SEGMENT_BYTES = 16 * 1024 * 1024
 # Between two syncs: what comes meanwhile is synced together. Syncing without a pause takes a tenth of a core and of the
@@ -46,18 +48,20 @@ _STAMP = struct.Struct("<QB")  # Unix microseconds, kind
 _HEAD_BYTES = _CHECK.size + _STAMP.size
 
 
-class Kind(IntEnum):
+class RecordType(IntEnum):
+    """What a record's payload is. The numbers are in the files."""
+
     FRAME = 1
     EVENT = 2
 
 
-_KINDS = {int(kind): kind for kind in Kind}
+_TYPES = {int(kind): kind for kind in RecordType}
 
 
-class Record(NamedTuple):
-    """One record. payload: a frame as received, or a connection event as JSON. end: the offset behind it."""
+class JournalRecord(NamedTuple):
+    """One record. payload: a frame as received, or an ArchivedEvent as JSON. end: the offset behind it."""
 
-    kind: Kind
+    kind: RecordType
     received_at: datetime
     payload: bytes
     end: int
@@ -68,7 +72,10 @@ class JournalError(Exception):
 
 
 class JournalHeader(msgspec.Struct, frozen=True):
-    """What recovery must know of the run that wrote a journal. topics: its subscriptions, such as `AM.SPY`."""
+    """What recovery must know of the run that wrote a journal. topics: its subscriptions, such as `AM.SPY`.
+
+    time_base: which time tells what a connection covered (lake.ledger).
+    """
 
     run: str
     session_date: date
@@ -78,6 +85,7 @@ class JournalHeader(msgspec.Struct, frozen=True):
     write_objects: bool
     write_frames: bool
     topics: tuple[str, ...] = ()
+    time_base: TimeBase = "processing"
 
 
 class Segments:
@@ -111,7 +119,7 @@ class Segments:
                 total += self.path(number).stat().st_size
         return total
 
-    def read(self, number: int, start: int, end: int) -> Iterator[Record]:
+    def read(self, number: int, start: int, end: int) -> Iterator[JournalRecord]:
         """The records from offset start to end, which must be boundaries that `end_of` or a record gave."""
         with self.path(number).open("rb") as file:
             file.seek(start)
@@ -119,7 +127,7 @@ class Segments:
 
     def discard(self) -> None:
         """Removes the folder: everything in it is on the lake."""
-        # First out of sight in one step: a folder half removed would be taken up without its state.
+        # Renamed first, in one step: a folder half removed would be recovered without its state.
         done = self.folder.rename(self.folder.with_name(f".{self.folder.name}{_DONE}"))
         shutil.rmtree(done, ignore_errors=True)  # another start may be sweeping it
         os.close(self._lock_file)
@@ -151,12 +159,12 @@ class Journal(Segments):
         self._failure: JournalError | None = None
         self._is_open = True
         self._open_next()
-        # Last, because a folder is a journal once it has a header: nobody takes up a folder that is being made.
+        # Last, because a folder is a journal once it has a header: no other run recovers a folder that is being made.
         write_atomically(self.folder / "journal.json", msgspec.json.encode(header))
         self._syncer = threading.Thread(target=self._sync_until_closed, name="journal-sync", daemon=True)
         self._syncer.start()
 
-    def append(self, kind: Kind, *payloads: bytes) -> None:
+    def append(self, kind: RecordType, *payloads: bytes) -> None:
         """Adds a record each, stamped with the time, in one write. Raises JournalError when they cannot be kept."""
         with self._changed:
             if self._failure:
@@ -261,7 +269,7 @@ class Journal(Segments):
 
 
 class LeftoverJournal(Segments):
-    """The journal of a dead run, taken up by this process: nothing is added to it."""
+    """The journal of a lost run, being recovered by this process: nothing is added to it."""
 
     def __init__(self, folder: Path, lock_file: int) -> None:
         super().__init__(folder, lock_file)
@@ -301,7 +309,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def _records(content: bytes, offset: int) -> Iterator[Record]:
+def _records(content: bytes, offset: int) -> Iterator[JournalRecord]:
     """The records in content, which begins at offset of its file; stops at the first that is not whole."""
     view = memoryview(content)
     at = 0
@@ -313,7 +321,7 @@ def _records(content: bytes, offset: int) -> Iterator[Record]:
         received_us, kind = _STAMP.unpack_from(content, at + _CHECK.size)
         at = end
         received_at = datetime.fromtimestamp(received_us / 1_000_000, UTC)
-        yield Record(_KINDS[kind], received_at, content[begin:end], offset + at)
+        yield JournalRecord(_TYPES[kind], received_at, content[begin:end], offset + at)
 
 
 def _write_all(file: int, content: bytes) -> None:

@@ -12,11 +12,10 @@ from datetime import date, datetime, timedelta
 from enum import Enum, auto
 
 from polygon_pipeline.collector.lease import Holding
-from polygon_pipeline.market.calendar import NEW_YORK, completed_sessions, current_or_next_session, session
+from polygon_pipeline.market.calendar import NEW_YORK, current_or_next_session, session
 
 # Bars are revised for about 15 minutes after their end; the last ones of after hours are waited for.
 REVISIONS = timedelta(minutes=20)
-DEMO_SESSIONS = 5
 # Taking over an expired lease takes up to 75 s, and ending a run a few.
 _WITHOUT_LEASE = timedelta(minutes=3)
 _QUIET_SECONDS = 180.0
@@ -68,15 +67,15 @@ def session_end(day: date) -> datetime:
     return found.post_close + REVISIONS
 
 
-def cause_of_death(now: datetime, owner: str, started_at: datetime, lease: Holding | None) -> str | None:
-    """Why a run that counts as started is dead, or None if it may be alive. owner: the run's id.
+def why_lost(now: datetime, owner: str, started_at: datetime, lease: Holding | None) -> str | None:
+    """Why a run that counts as started is lost, or None if it may be alive. owner: the run's id.
 
-    A run holds the lease, or is about to take it or to end; whoever has been without it for minutes is gone.
+    A run holds the lease, or is about to take it or to end; one that has been without it for minutes is gone.
     """
     seen = started_at
     if lease is not None and lease.owner == owner:
         if not lease.released:
-            return f"its lease, last renewed {lease.renewed_at:%H:%M:%S} UTC, is dead" if lease.is_free(now) else None
+            return f"its lease, last renewed {lease.renewed_at:%H:%M:%S} UTC, is free" if lease.is_free(now) else None
         seen = lease.renewed_at
     return "it holds no lease" if now > seen + _WITHOUT_LEASE else None
 
@@ -97,26 +96,11 @@ def decide_live(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> 
     if now < found.pre_open:
         opening = found.pre_open.astimezone(NEW_YORK)
         return Wait(f"the market is closed; collecting starts {opening:%A %Y-%m-%d %H:%M} New York")
-    return _start_or_wait(found.date, now, loaded_at, runs)
+    return decide_session(found.date, now, loaded_at, runs)
 
 
-def decide_demo(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> Start | Wait:
-    """Plays the last five complete sessions, oldest first, a run each, then rests."""
-    days = completed_sessions(now, DEMO_SESSIONS)
-    for day in days:
-        decision = _start_or_wait(day, now, loaded_at, runs)
-        done = any(run.session_date == day and run.outcome in (Outcome.SUCCEEDED, Outcome.STOPPED) for run in runs)
-        if isinstance(decision, Start) or not done or any(run.outcome is Outcome.ACTIVE for run in runs):
-            return decision
-    stopped = sorted({str(run.session_date) for run in runs if run.outcome is Outcome.STOPPED} & {*map(str, days)})
-    return Wait(
-        f"the simulated sessions from {days[0]} to {days[-1]} are played"
-        + (f", up to where somebody terminated {', '.join(stopped)}" if stopped else "")
-        + "; set POLYGON_API_KEY to collect the market, or launch collect_aggregates to play one again"
-    )
-
-
-def _start_or_wait(day: date, now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> Start | Wait:
+def decide_session(day: date, now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> Start | Wait:
+    """Whether a session that is to be collected now needs a run. The arguments are decide_live's."""
     if active := next((run for run in runs if run.outcome is Outcome.ACTIVE), None):
         return Wait(f"a collector is at work on {active.session_date}")
     mine = [run for run in runs if run.session_date == day]

@@ -41,7 +41,7 @@ class LeaseLost(Exception):
     """Another collector has taken over."""
 
 
-class Status(msgspec.Struct, frozen=True):
+class CollectorStatus(msgspec.Struct, frozen=True):
     """How the holder does. Times in UTC; last_bar: when the last published frame arrived; bars: published so far."""
 
     connected: bool = False
@@ -63,7 +63,7 @@ class Holding(msgspec.Struct, frozen=True):
     pid: int
     renewed_at: datetime
     expires_at: datetime
-    status: Status = Status()
+    status: CollectorStatus = CollectorStatus()
     released: bool = False
     process_started: int | None = None
 
@@ -94,7 +94,7 @@ class Lease:
         self._lake = lake
         self._run = run
         self._owner = owner
-        self._status = Status()
+        self._status = CollectorStatus()
         self._etag: str | None = None
         self._lock: int | None = None
 
@@ -102,7 +102,7 @@ class Lease:
         """Takes the lease, waiting for a dead holder's to expire. Raises LeaseHeld where the holder is alive."""
         if not self._lake.is_s3:
             self._acquire_lock()
-            self.renew(Status())
+            self.renew(CollectorStatus())
             return
         seen: Holding | None = None
         while True:
@@ -110,7 +110,7 @@ class Lease:
             mine = holding is not None and holding.run == self._run  # taken before, but the answer was lost
             if holding is None or mine or holding.is_free(datetime.now(UTC)):
                 with contextlib.suppress(LeaseLost):  # another was quicker: look at it
-                    self.renew(Status())
+                    self.renew(CollectorStatus())
                     return
                 continue
             if seen is not None and holding.renewed_at != seen.renewed_at:
@@ -118,7 +118,7 @@ class Lease:
             seen = holding
             wait(2.0)
 
-    def renew(self, status: Status) -> None:
+    def renew(self, status: CollectorStatus) -> None:
         """Extends the lease and shows the status. Raises LeaseLost when another has it."""
         self._status = status
         self._write(released=False)

@@ -3,11 +3,23 @@
 Belongs here: what goes where, in which order, so that a crash at any moment loses and doubles nothing. Does not
 belong here: threads, retrying and when to stop (collector.collector).
 
-How that is so. The state file says up to which record the account counts. It is written, synced, before the objects
-of those records are put; so after a crash they are put again, and not counted again. An object is written under a
-condition (it did not exist, or it is the older revision that was just read), so a late retry of an older revision
-cannot overwrite a newer one. A segment's archive is made of the whole segment, so putting it again writes the same
-bytes under the same key. A segment is deleted when all of it is on the lake.
+The crash protocol. A publisher is always in one of four stages (Stage); step() does the work of one. The state file
+says how far the journal is published; it is replaced atomically and synced.
+
+TAKE_BATCH
+  1. Read the next records and count them in a copy of the account.
+  2. Write the state file: `start` and `end` of the batch, the account with it. From here on it counts.
+     A crash before: the batch is read again. A crash after: it is read again, but not counted again.
+  3. Keep in memory its archive lines, its quarantine lines and its objects.
+PUT_OBJECTS
+  4. Put each object under a condition: it did not exist, or it is the older revision that was just read. So a late
+     retry of an older revision cannot overwrite a newer one. A crash: the objects from `start` on are put again.
+ARCHIVE_SEGMENT, when all of a closed segment is taken and its objects are put
+  5. Put the segment's frames and quarantine, made of the whole segment: the same bytes under the same keys, however
+     often. Put the ledger. On a local lake, sync them, because next the journal's copy goes.
+  6. Write the state file: the next segment, from 0.
+  7. Delete the segment. A crash before: the next start deletes it.
+IDLE: nothing to do until the journal grows.
 """
 
 from __future__ import annotations
@@ -17,21 +29,23 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import date, datetime
+from enum import Enum, auto
 from typing import NamedTuple
 
 import msgspec
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from polygon_pipeline.collector.account import Account, encode_ledger, make_ledger
-from polygon_pipeline.collector.journal import JournalHeader, Kind, Record, Segments, write_atomically
-from polygon_pipeline.lake import frames, layout
-from polygon_pipeline.lake.objects import decode_record, encode_record
+from polygon_pipeline.collector.accounting import count_event, count_frame, make_ledger
+from polygon_pipeline.collector.journal import JournalHeader, JournalRecord, RecordType, Segments, write_atomically
+from polygon_pipeline.lake import archive, layout
+from polygon_pipeline.lake.archive import ArchivedEvent
+from polygon_pipeline.lake.ledger import Account, encode_ledger
+from polygon_pipeline.lake.records import decode_record, encode_record
 from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake, for_each
 from polygon_pipeline.market.bars import Bar, Channel
-from polygon_pipeline.market.calendar import session_date
-from polygon_pipeline.polygon.messages import Frame, count_by_day, decode_frames
-from polygon_pipeline.polygon.stream import ConnectionEvent
+from polygon_pipeline.market.calendar import trade_date
+from polygon_pipeline.polygon.messages import Frame, count_by_day, decode_frames, tickers_of
 
 # Read from the journal at once: some 20,000 bars, which bounds both memory and the work repeated after a crash.
 BATCH_BYTES = 4 * 1024 * 1024
@@ -42,10 +56,19 @@ _CHUNK_BYTES = 64 * 1024
 # Tries at one object before the batch's rest is tried later: a connection that breaks now and then is no outage.
 _OBJECT_TRIES = 3
 
-_Chunk = list[tuple[Record, Frame | None]]
+_Chunk = list[tuple[JournalRecord, Frame | None]]
 _BarKey = tuple[Channel, date, str, int]
 
-_decode_event = msgspec.json.Decoder(ConnectionEvent).decode
+_decode_event = msgspec.json.Decoder(ArchivedEvent).decode
+
+
+class Stage(Enum):
+    """What step() does next; the module's docstring says what each leaves behind."""
+
+    PUT_OBJECTS = auto()
+    TAKE_BATCH = auto()
+    ARCHIVE_SEGMENT = auto()
+    IDLE = auto()
 
 
 class _State(msgspec.Struct):
@@ -59,8 +82,8 @@ class _State(msgspec.Struct):
 
 
 class _Taken(NamedTuple):
-    """What a record comes to. line: in the archive of days (without any: of the run's own day), where it has one.
-    bars: only where objects are written, because making them costs more than everything else."""
+    """What a record is published as. line: in the archive of days (without any: of the run's own day), where it has
+    one. bars: only where objects are written, because making them costs more than everything else."""
 
     end: int
     received_at: datetime
@@ -100,18 +123,25 @@ class Publisher:
         return self._state.segment, self._state.end
 
     def step(self) -> bool:
-        """Does the next piece of work. Returns False when there is none for now."""
+        """Does the work of the stage. Returns False when there is none for now."""
+        stage, end = self._stage()
+        match stage:
+            case Stage.PUT_OBJECTS:
+                asyncio.run(for_each(list(self._pending.items()), self._put_object))
+            case Stage.TAKE_BATCH:
+                self._take_batch(end)
+            case Stage.ARCHIVE_SEGMENT:
+                self._archive_segment()
+        return stage is not Stage.IDLE
+
+    def _stage(self) -> tuple[Stage, int]:
+        """The stage, and up to where the segment under way may be read."""
         if self._pending:
-            asyncio.run(for_each(list(self._pending.items()), self._put_object))
-            return True
-        end, closed = self._journal.end_of(self._state.segment)
+            return Stage.PUT_OBJECTS, self._state.end
+        end, is_closed = self._journal.end_of(self._state.segment)
         if self._state.end < end:
-            self._take_batch(end)
-            return True
-        if closed:
-            self._archive_segment()
-            return True
-        return False
+            return Stage.TAKE_BATCH, end
+        return (Stage.ARCHIVE_SEGMENT if is_closed else Stage.IDLE), end
 
     def put_ledger(self, complete: bool) -> None:
         """Writes the account so far, under the run's session date and every date it has bars of."""
@@ -120,7 +150,7 @@ class Publisher:
             self._lake.put(layout.ledger_key(day, self._header.run), content)
 
     def _resume(self) -> None:
-        """Takes up where a crash left off: what was read of the open segment is read again, but not counted again."""
+        """Goes on where a crash ended: what was read of the open segment is read again, but not counted again."""
         self._state = msgspec.json.decode(self._state_path.read_bytes(), type=_State)
         for number in self._journal.numbers():
             if number < self._state.segment:  # published; the crash came before it was deleted
@@ -133,7 +163,7 @@ class Publisher:
                         self._keep_objects(taken)
 
     def _take_batch(self, end: int) -> None:
-        """Reads and counts the next records, and leaves their objects pending."""
+        """Steps 1 to 3, of the records up to `end` at the most."""
         start = self._state.end
         batch: list[_Taken] = []
         account = msgspec.json.decode(msgspec.json.encode(self.account), type=Account)
@@ -152,7 +182,7 @@ class Publisher:
 
     def _read(self, start: int, end: int) -> Iterator[_Chunk]:
         """The records of the segment under way, some at a time."""
-        records: list[Record] = []
+        records: list[JournalRecord] = []
         for record in self._journal.read(self._state.segment, start, end):
             records.append(record)
             if record.end - start >= min(_CHUNK_BYTES, self._batch_bytes):
@@ -162,26 +192,26 @@ class Publisher:
             yield _decode(records)
 
     def _take(self, chunk: _Chunk, account: Account | None = None) -> list[_Taken]:
-        """What a chunk's records come to, counted in the account where one is given."""
+        """What a chunk's records are published as, counted in the account where one is given."""
         aggregates = [aggregate for _, frame in chunk if frame for aggregate in frame.aggregates]
         counts = count_by_day(aggregates)
         if account:
-            self.tickers.update([aggregate.sym for aggregate in aggregates])
+            self.tickers.update(tickers_of(aggregates))
             for (channel, day), count in counts.items():
                 account.day(day, channel).bars += count
             for record, frame in chunk:
                 if frame is None:
-                    account.add_event(_decode_event(record.payload), record.received_at)
+                    count_event(account, _decode_event(record.payload), record.received_at)
                 else:
-                    account.add_frame(frame, record.received_at)
+                    count_frame(account, frame, record.received_at)
         days = {day for _, day in counts}
         return [self._taken(record, frame, days) for record, frame in chunk]
 
-    def _taken(self, record: Record, frame: Frame | None, days: set[date]) -> _Taken:
+    def _taken(self, record: JournalRecord, frame: Frame | None, days: set[date]) -> _Taken:
         """days: those of all the chunk's bars, usually one."""
         at = record.received_at
         if frame is None:
-            line = frames.event_line(at, record.payload) if self._header.write_frames else None
+            line = archive.event_line(at, record.payload) if self._header.write_frames else None
             return _Taken(record.end, at, line, set(), [], [])
         if len(days) > 1 or not frame.aggregates:
             days = {day for _, day in count_by_day(frame.aggregates)}
@@ -190,13 +220,13 @@ class Publisher:
             at,
             _archive_line(record, frame) if self._header.write_frames else None,
             days,
-            [frames.quarantine_line(at, refusal.raw, refusal.reason) for refusal in frame.refused],
+            [archive.quarantine_line(at, refusal.raw, refusal.reason) for refusal in frame.refused],
             frame.bars if self._header.write_objects else [],
         )
 
     def _count_objects(self, batch: list[_Taken], account: Account) -> set[_BarKey]:
         """Counts a batch's new objects and revisions, and returns the bars that the lake does not know."""
-        bars = [(session_date(bar.start_ms), channel, bar) for taken in batch for channel, bar in taken.bars]
+        bars = [(trade_date(bar.start_ms), channel, bar) for taken in batch for channel, bar in taken.bars]
         self._known.load({(channel, day) for day, channel, _ in bars})
         fresh: set[_BarKey] = set()
         for day, channel, bar in bars:
@@ -216,29 +246,28 @@ class Publisher:
 
     def _keep_objects(self, taken: _Taken) -> None:
         for channel, bar in taken.bars:
-            key = layout.raw_key(channel, session_date(bar.start_ms), bar.ticker, bar.start_ms)
+            key = layout.raw_key(channel, trade_date(bar.start_ms), bar.ticker, bar.start_ms)
             self._pending[key] = encode_record(bar, taken.received_at)  # a later revision takes the place
 
     def _archive_segment(self) -> None:
-        """Puts a finished segment's frames and quarantine and the ledger, and deletes the segment."""
+        """Steps 5 to 7."""
         number, run = self._state.segment, self._header.run
         account, quarantine = self.account, list(self._quarantine)
         if torn := self._journal.torn_tail(number):
             account = msgspec.structs.replace(account, torn_bytes=account.torn_bytes + len(torn))
             at = account.last_received_at or self._header.started_at
-            quarantine.append(frames.quarantine_line(at, torn, "a journal record that a crash cut short"))
-        archive = {layout.frames_key(day, run, number): frames.compress(lines) for day, lines in self._lines.items()}
+            quarantine.append(archive.quarantine_line(at, torn, "a journal record that a crash cut short"))
+        files = {layout.frames_key(day, run, number): archive.compress(lines) for day, lines in self._lines.items()}
         if quarantine:
-            archive[layout.quarantine_key(self._header.session_date, run, number)] = b"".join(quarantine)
-        for key, content in sorted(archive.items()):
+            files[layout.quarantine_key(self._header.session_date, run, number)] = b"".join(quarantine)
+        for key, content in sorted(files.items()):
             self._lake.put(key, content)
         self.put_ledger(complete=False)
-        # A local store does not sync what it writes, and now the journal's copy goes.
         if not self._lake.is_s3:
             if self._header.write_objects:
                 os.sync()  # there may be thousands
             else:
-                self._lake.sync(archive)
+                self._lake.sync(files)
         self._save(_State(number + 1, 0, 0, account))
         # The next segment's archive starts empty, even if removing this one should fail.
         self._lines.clear()
@@ -251,7 +280,7 @@ class Publisher:
         self._state = state
 
     async def _put_object(self, item: tuple[str, bytes]) -> None:
-        """Writes a bar's record unless the lake has a later revision of it; then it is not pending any more."""
+        """Step 4: writes a bar's record unless the lake has a later revision; then it is not pending any more."""
         key, content = item
         for attempt in range(1, _OBJECT_TRIES + 1):
             try:
@@ -285,7 +314,7 @@ class Publisher:
 
 
 class _KnownObjects:
-    """Which bars have an object on the lake, so that new ones can be told from revisions before they are put."""
+    """Which bars have an object on the lake, so that new ones and revisions are counted before they are put."""
 
     def __init__(self, lake: Lake) -> None:
         self._lake = lake
@@ -310,26 +339,25 @@ class _KnownObjects:
             self._days[channel, day][ticker].add(start_ms)
 
 
-def _decode(records: list[Record]) -> _Chunk:
-    received = [record for record in records if record.kind is Kind.FRAME]
+def _decode(records: list[JournalRecord]) -> _Chunk:
+    received = [record for record in records if record.kind is RecordType.FRAME]
     frames = iter(decode_frames([record.payload for record in received], [record.received_at for record in received]))
-    return [(record, next(frames) if record.kind is Kind.FRAME else None) for record in records]
+    return [(record, next(frames) if record.kind is RecordType.FRAME else None) for record in records]
 
 
-def _archive_line(record: Record, frame: Frame) -> bytes | None:
+def _archive_line(record: JournalRecord, frame: Frame) -> bytes | None:
     """The frame verbatim where it is JSON; where only parts of it are, those; None where nothing is."""
     if not frame.refused:
-        return frames.frame_line(record.received_at, record.payload, ())
+        return archive.frame_line(record.received_at, record.payload, ())
     positions = [refusal.position for refusal in frame.refused]
     if None in positions:
         return None
     try:
         msgspec.json.decode(record.payload)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        parts = msgspec.json.decode(record.payload, type=list[msgspec.Raw])
-        good = [bytes(part) for index, part in enumerate(parts) if index not in positions]
-        return frames.frame_line(record.received_at, b"[" + b",".join(good) + b"]", ()) if good else None
-    return frames.frame_line(record.received_at, record.payload, [p for p in positions if p is not None])
+        sound = archive.without_events(record.payload, [position for position in positions if position is not None])
+        return archive.frame_line(record.received_at, sound, ()) if sound != b"[]" else None
+    return archive.frame_line(record.received_at, record.payload, [p for p in positions if p is not None])
 
 
 def _collected_at(content: bytes) -> str:

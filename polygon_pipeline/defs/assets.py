@@ -1,26 +1,35 @@
 """The assets: what the lake holds, day by day, and what each is made of.
 
-Belongs here: names, dependencies, automation and how each shows in the UI. Does not belong here: what the rows are
-(market.transform) or how raw data is read (lake.raw).
+Belongs here: dependencies, automation and how each shows in the UI. Does not belong here: names, columns and
+descriptions (datasets.catalog), what the rows are (the datasets' modules), and the reference (defs.reference).
 """
 
 import contextlib
+from base64 import b64encode
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import dagster as dg
 
-from polygon_pipeline.defs.history import reference_bars
+from polygon_pipeline.datasets import catalog
+from polygon_pipeline.datasets.catalog import Dataset
+from polygon_pipeline.datasets.coverage import Coverage, totals, worst_first
+from polygon_pipeline.datasets.inputs import normalize_day
+from polygon_pipeline.datasets.normalize import NoBars
+from polygon_pipeline.datasets.pictures import MOST_TICKERS, heat_map
+from polygon_pipeline.datasets.resample import Resampling
 from polygon_pipeline.defs.partitions import trading_days
 from polygon_pipeline.defs.resources import LakeResource
+from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
+from polygon_pipeline.lake.ledger import connected_minutes, read_ledgers, subscribed_tickers
 from polygon_pipeline.market.bars import Channel
 
 # Datasets follow their inputs, of whatever day: `eager` alone would keep to the latest one, and a late recovery or
 # the demo's past days must follow too.
 _FOLLOW_BARS = dg.AutomationCondition.eager().without(dg.AutomationCondition.in_latest_time_window())
 
-_HISTORY = dg.AssetSelection.assets("reference_bars")
+_HISTORY = dg.AssetSelection.assets(catalog.REFERENCE_BARS.name)
 
 # Raw bars arrive while a run is making the day from what there was before. `eager` takes the end of that run for an
 # answer to them, and the session's last bars would be left out; here only a later request answers them.
@@ -52,141 +61,116 @@ _FOLLOW_BARS_BEFORE_HISTORY = _FOLLOW_BARS.replace(
 
 UNREADABLE_OBJECTS = "unreadable_objects"
 
-raw_bars = dg.AssetSpec(
-    "raw_bars",
-    description="Minute bars as received (channel AM), in raw-frames and raw-data. The job `collect_aggregates` fills "
-    "it all day and reports here; it cannot be materialized by hand.",
-    partitions_def=trading_days,
-    group_name="bars",
-    kinds={"websocket", "json"},
-)
+_GROUPS = {Channel.MINUTE: "bars", Channel.SECOND: "second_bars"}
+_KINDS = {"duckdb", "parquet"}
 
-raw_second_bars = dg.AssetSpec(
-    "raw_second_bars",
-    description="Second bars as received (channel A), in raw-frames and raw-data-second. The job "
-    "`collect_aggregates` fills it where POLYGON_CHANNELS has A; it cannot be materialized by hand.",
-    partitions_def=trading_days,
-    group_name="second_bars",
-    kinds={"websocket", "json"},
-)
+raw_assets = [
+    dg.AssetSpec(
+        dataset.name,
+        description=dataset.description,
+        partitions_def=trading_days,
+        group_name=_GROUPS[dataset.channel],
+        kinds={"websocket", "json"},
+    )
+    for dataset in catalog.RAW.values()
+]
 
 
-@dg.asset(
-    deps=[raw_bars, reference_bars],
-    partitions_def=trading_days,
-    io_manager_key="parquet",
-    automation_condition=_FOLLOW_RAW_BARS,
-    group_name="bars",
-    kinds={"duckdb", "parquet"},
-)
-def normalized_bars(context: dg.AssetExecutionContext, lake: LakeResource) -> Path:
-    """Typed minute bars, the best of stream and vendor's history: one row a ticker and minute, the latest word."""
-    return _normalize(context, lake, Channel.MINUTE)
+def _normalized_asset(dataset: Dataset) -> dg.AssetsDefinition:
+    @dg.asset(
+        name=dataset.name,
+        description=dataset.description,
+        deps=[needed.name for needed in dataset.inputs],
+        partitions_def=trading_days,
+        io_manager_key="parquet",
+        automation_condition=_FOLLOW_RAW_BARS,
+        group_name=_GROUPS[dataset.channel],
+        kinds=_KINDS,
+    )
+    def normalized(context: dg.AssetExecutionContext, lake: LakeResource) -> Path:
+        return _normalize(context, lake, dataset)
+
+    return normalized
 
 
-@dg.asset(
-    deps=[raw_second_bars],
-    partitions_def=trading_days,
-    io_manager_key="parquet",
-    automation_condition=_FOLLOW_RAW_BARS,
-    group_name="second_bars",
-    kinds={"duckdb", "parquet"},
-)
-def normalized_second_bars(context: dg.AssetExecutionContext, lake: LakeResource) -> Path:
-    """Typed second bars: one row a ticker and second, the latest revision, sorted by ticker and time."""
-    return _normalize(context, lake, Channel.SECOND)
+normalized_assets = [_normalized_asset(dataset) for dataset in catalog.NORMALIZED.values()]
 
 
 @dg.multi_asset(
     outs={
-        name: dg.AssetOut(
-            description=description,
+        dataset.name: dg.AssetOut(
+            description=dataset.description,
             io_manager_key="parquet",
             is_required=False,
             automation_condition=_FOLLOW_BARS,
-            group_name="bars",
-            kinds={"duckdb", "parquet"},
+            group_name=_GROUPS[dataset.channel],
+            kinds=_KINDS,
         )
-        for name, description in {
-            "bars_5m": "Five-minute bars, aligned to the clock.",
-            "bars_15m": "Fifteen-minute bars, aligned to the clock.",
-            "bars_1h": "Hourly bars, aligned to the clock.",
-            "daily_bars": "A row a ticker: regular-hours OHLCV and VWAP, extended-hours volume, official open.",
-        }.items()
+        for dataset in catalog.DERIVED
     },
+    ins={"minutes": dg.AssetIn(catalog.NORMALIZED_BARS.name)},
     partitions_def=trading_days,
     can_subset=True,
 )
-def derived_bars(
-    context: dg.AssetExecutionContext, lake: LakeResource, normalized_bars: Path
-) -> Iterator[dg.Output[Path]]:
-    """One step for all four, so that a day is fetched and scanned once."""
-    from polygon_pipeline.market.transform import Derivation
-
+def derived_bars(context: dg.AssetExecutionContext, lake: LakeResource, minutes: Path) -> Iterator[dg.Output[Path]]:
+    """One step for all, so that a day is fetched and scanned once."""
     folder = lake.scratch()
-    with Derivation(date.fromisoformat(context.partition_key), normalized_bars, folder) as derivation:
+    with Resampling(date.fromisoformat(context.partition_key), minutes, folder) as resampling:
         for name in sorted(context.op_execution_context.selected_output_names):
             target = folder / f"{name}.parquet"
-            derivation.write(name, target)
+            resampling.write(catalog.find(name), target)
             yield dg.Output(target, output_name=name)
 
 
 @dg.asset(
-    deps=[reference_bars],
+    name=catalog.BAR_COVERAGE.name,
+    description=catalog.BAR_COVERAGE.description,
+    ins={"minutes": dg.AssetIn(catalog.NORMALIZED_BARS.name)},
+    deps=[catalog.REFERENCE_BARS.name],
     partitions_def=trading_days,
     io_manager_key="parquet",
     automation_condition=_FOLLOW_BARS_BEFORE_HISTORY,
-    group_name="bars",
-    kinds={"duckdb", "parquet"},
+    group_name=_GROUPS[catalog.BAR_COVERAGE.channel],
+    kinds=_KINDS,
 )
-def bar_coverage(context: dg.AssetExecutionContext, lake: LakeResource, normalized_bars: Path) -> Path:
-    """A row a ticker: minutes expected, collected, traded, lost, repaired, corrected and late. With a picture."""
-    from base64 import b64encode
-
-    from polygon_pipeline.collector.account import connected_minutes, subscribed_tickers
-    from polygon_pipeline.collector.history import read_ledgers
-    from polygon_pipeline.lake.datasets import MissingDataset, fetch_dataset
-    from polygon_pipeline.market import coverage
-    from polygon_pipeline.market.picture import MOST_TICKERS, heat_map
-
+def coverage(context: dg.AssetExecutionContext, lake: LakeResource, minutes: Path) -> Path:
     day = date.fromisoformat(context.partition_key)
     opened, folder = lake.open(), lake.scratch()
     reference: Path | None = None
     with contextlib.suppress(MissingDataset):
-        reference = fetch_dataset(opened, "reference_bars", context.partition_key, folder)
-    ledgers = read_ledgers(opened, day)
-    connected, subscribed = connected_minutes(ledgers), subscribed_tickers(ledgers)
+        reference = fetch_dataset(opened, catalog.REFERENCE_BARS.name, context.partition_key, folder)
+    ledgers, unreadable = read_ledgers(opened, day)
+    for key, reason in unreadable.items():
+        context.log.warning(f"{opened.url(key)} cannot be read, its connections are not known: {reason}")
     target = folder / "coverage.parquet"
-    coverage.cover(day, normalized_bars, reference, connected, target, folder, subscribed)
-    shown = coverage.worst_first(target, MOST_TICKERS)
-    states = coverage.minute_states(day, normalized_bars, reference, connected, folder, subscribed, shown)
-    picture = b64encode(heat_map(day, states, shown)).decode()
+    with Coverage(day, minutes, reference, connected_minutes(ledgers), folder, subscribed_tickers(ledgers)) as covering:
+        covering.write(target)
+        shown = worst_first(target, MOST_TICKERS)
+        picture = b64encode(heat_map(day, covering.minute_states(shown), shown)).decode()
     context.add_output_metadata(
         {
             "picture": dg.MetadataValue.md(f"![coverage of {day}](data:image/png;base64,{picture})"),
             "history": "known" if reference else "not there yet: a minute without a bar is no trade or lost, unknown",
-            **coverage.totals(target),
+            **totals(target),
         }
     )
     return target
 
 
-def _normalize(context: dg.AssetExecutionContext, lake: LakeResource, channel: Channel) -> Path:
-    from polygon_pipeline.lake.raw import normalize_day
-    from polygon_pipeline.market.transform import NoBars
-
+def _normalize(context: dg.AssetExecutionContext, lake: LakeResource, dataset: Dataset) -> Path:
     folder = lake.scratch()
     target = folder / "normalized.parquet"
     opened = lake.open()
     try:
-        raw = normalize_day(opened, date.fromisoformat(context.partition_key), channel, target, folder)
+        raw = normalize_day(opened, date.fromisoformat(context.partition_key), dataset.channel, target, folder)
     except NoBars as error:
         raise dg.Failure(
-            f"{error} (channel {channel}) in {opened.uri}. Collect that day or materialize its reference_bars first.",
+            f"{error} (channel {dataset.channel}) in {opened.uri}. Collect that day or materialize its "
+            f"{catalog.REFERENCE_BARS.name} first.",
             allow_retries=False,
         ) from error
-    for key, fault in raw.unreadable.items():
-        context.log.warning(f"{opened.url(key)} could not be read: {fault}")
+    for key, reason in raw.unreadable.items():
+        context.log.warning(f"{opened.url(key)} could not be read: {reason}")
     merge = raw.merge
     context.add_output_metadata(
         {

@@ -1,4 +1,8 @@
-"""The asset checks, each recorded for its trading day. What must hold is market.quality's and collector.account's."""
+"""The asset checks, each recorded for its trading day.
+
+Belongs here: how rules show in Dagster. Does not belong here: the rules (datasets.quality, datasets.coverage,
+lake.ledger).
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -8,13 +12,14 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from polygon_pipeline.datasets import quality
+from polygon_pipeline.datasets.catalog import BAR_COVERAGE, NORMALIZED, Dataset
+from polygon_pipeline.datasets.coverage import below
 from polygon_pipeline.defs.assets import UNREADABLE_OBJECTS
 from polygon_pipeline.defs.partitions import latest_materialization, trading_days
 from polygon_pipeline.defs.resources import LakeResource
-from polygon_pipeline.market import quality
-from polygon_pipeline.market.bars import Channel
-
-_NORMALIZED = {"normalized_bars": Channel.MINUTE, "normalized_second_bars": Channel.SECOND}
+from polygon_pipeline.lake.dataset_files import fetch_dataset
+from polygon_pipeline.lake.ledger import reconcile
 
 _NAMED = 20
 
@@ -26,7 +31,8 @@ _RULES = {
 }
 
 
-def _checks_of(asset: str, channel: Channel) -> dg.AssetChecksDefinition:
+def _checks_of(dataset: Dataset) -> dg.AssetChecksDefinition:
+    asset = dataset.name
     with warnings.catch_warnings():
         # Partitioned checks are a preview in Dagster 1.13; without them a check would not say of which day it is.
         warnings.simplefilter("ignore", dg.PreviewWarning)
@@ -37,22 +43,19 @@ def _checks_of(asset: str, channel: Channel) -> dg.AssetChecksDefinition:
 
     @dg.multi_asset_check(name=f"{asset}_checks", specs=specs)
     def check_day(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> Iterator[dg.AssetCheckResult]:
-        from polygon_pipeline.collector.reconcile import reconcile
-        from polygon_pipeline.lake.datasets import fetch_dataset
-
         opened = lake.open()
         day = date.fromisoformat(context.partition_key)
         file = fetch_dataset(opened, asset, context.partition_key, lake.scratch())
-        faults = quality.schema_faults(file)
-        yield _result(asset, "schema", not faults, {"faults": faults})
-        if faults:
+        errors = quality.schema_errors(file, dataset)
+        yield _result(asset, "schema", not errors, {"errors": errors})
+        if errors:
             return  # the other rules read those columns
         for rule, verdict in quality.check_rows(file, day).items():
             yield _result(asset, rule, not verdict.broken, {"rows": verdict.broken, "examples": verdict.examples})
         unreadable = _unreadable(context, asset)
         yield _result(asset, "every_object_readable", not unreadable, {"objects": sorted(unreadable)})
-        balance = reconcile(opened, day, channel)
-        yield _result(asset, "ledger_balances", not balance.faults, balance._asdict())
+        balance = reconcile(opened, day, dataset.channel)
+        yield _result(asset, "ledger_balances", not balance.errors, balance._asdict())
 
     return check_day
 
@@ -79,18 +82,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", dg.PreviewWarning)  # as above
 
     @dg.asset_check(
-        asset="bar_coverage",
+        asset=BAR_COVERAGE.name,
         partitions_def=trading_days,
         description="Every ticker has its share of the minutes in which it traded, as far as the history knows.",
     )
     def traded_minutes_are_there(
         context: dg.AssetCheckExecutionContext, config: CoverageConfig, lake: LakeResource
     ) -> dg.AssetCheckResult:
-        from polygon_pipeline.lake.datasets import fetch_dataset
-        from polygon_pipeline.market.coverage import worst
-
-        file = fetch_dataset(lake.open(), "bar_coverage", context.partition_key, lake.scratch())
-        short = worst(file, config.least_share)
+        file = fetch_dataset(lake.open(), BAR_COVERAGE.name, context.partition_key, lake.scratch())
+        short = below(file, config.least_share)
         named = [f"{found.ticker}: {found.collected} of {found.traded} minutes" for found in short[:_NAMED]]
         return dg.AssetCheckResult(
             passed=not short,
@@ -98,4 +98,4 @@ with warnings.catch_warnings():
         )
 
 
-bar_checks = [*(_checks_of(asset, channel) for asset, channel in _NORMALIZED.items()), traded_minutes_are_there]
+normalized_checks = [_checks_of(dataset) for dataset in NORMALIZED.values()]

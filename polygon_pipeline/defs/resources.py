@@ -1,6 +1,5 @@
 """The resources: Polygon and the lake. They hold configuration and build clients when asked, never at import."""
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,17 +11,15 @@ import dagster as dg
 from dagster_aws.s3 import S3Resource
 from pydantic import Field, PrivateAttr
 
-from polygon_pipeline import settings
-from polygon_pipeline.simulator.tickers import WATCH_LIST
+from polygon_pipeline import demo, settings
+from polygon_pipeline.datasets.reference_sources import Sources
+from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.polygon.flat_files import BUCKET
+from polygon_pipeline.polygon.rate_limit import RateLimit
+from polygon_pipeline.polygon.rest import RestHistory
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
-
-    from polygon_pipeline.collector.history import Sources
-    from polygon_pipeline.lake.store import Lake, S3Access
-    from polygon_pipeline.simulator.synthetic import SyntheticMarket
-
-_SIMULATED_REQUESTS_PER_MINUTE = 6000
 
 
 class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
@@ -44,58 +41,46 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
             "POLYGON_TICKERS": self.tickers if tickers is None else tickers,
             "POLYGON_CHANNELS": self.channels if channels is None else channels,
         }
-        return settings.load({**os.environ, **{name: value for name, value in overrides.items() if value is not None}})
+        return settings.load(_environment(overrides))
 
     @contextmanager
-    def history(self) -> Iterator["Sources"]:
+    def history(self) -> Iterator[Sources]:
         """Where the vendor's history comes from; the built-in simulator's own where no REST URL is set.
 
         Raises settings.ConfigurationError. The requests' limit is kept by a file beside the journals, so that all runs
         of this machine keep it together.
         """
-        from polygon_pipeline.collector.history import Sources
-        from polygon_pipeline.polygon.rate_limit import RateLimit
-        from polygon_pipeline.polygon.rest import RestHistory
-
         wanted = self.settings()
-        with contextlib.nullcontext(wanted.rest_url) if wanted.rest_url else _simulated_history(wanted) as url:
-            limit = RateLimit.per_minute(
-                wanted.journal_dir / ".rest-limit",
-                wanted.rest_requests_per_minute if wanted.rest_url else _SIMULATED_REQUESTS_PER_MINUTE,
-            )
+        limit = RateLimit.per_minute(wanted.journal_dir / ".rest-limit", wanted.rest_requests_per_minute)
+        with _rest_url(wanted) as url:
             yield Sources(
                 rest=RestHistory(url, wanted.api_key, limit),
                 flat_files=_flat_files(wanted),
-                tickers=WATCH_LIST if wanted.is_simulated and wanted.is_whole_market else wanted.tickers,
-                requests_a_second=limit.a_second,
+                tickers=wanted.tickers,
+                requests_per_second=limit.per_second,
                 staging=wanted.journal_dir / ".history",
-                feed=wanted.feed,
             )
 
 
+def _environment(overrides: dict[str, str | None]) -> dict[str, str]:
+    """The environment, with what a resource is configured with and with the demo's defaults."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return demo.with_defaults({**os.environ, **given})
+
+
 @contextmanager
-def _simulated_history(wanted: settings.Settings) -> Iterator[str]:
-    """Serves the past of the market whose days the built-in simulator sends; ends with the block."""
-    from polygon_pipeline.simulator.history import HistoryServer
-
-    with HistoryServer(simulated_market(wanted).day_bars, key=wanted.api_key) as server:
-        yield server.url
-
-
-def simulated_market(wanted: settings.Settings) -> "SyntheticMarket":
-    """The built-in simulator's market: a pure function of the tickers, so that its stream and its past agree."""
-    from polygon_pipeline.simulator.synthetic import SyntheticMarket
-
-    return SyntheticMarket(WATCH_LIST if wanted.is_whole_market else wanted.tickers)
+def _rest_url(wanted: settings.Settings) -> Iterator[str]:
+    if wanted.rest_url is not None:
+        yield wanted.rest_url
+        return
+    with demo.rest_server(wanted) as url:
+        yield url
 
 
 def _flat_files(wanted: settings.Settings) -> "ObjectStore | None":
     if wanted.flat_files_url is None:
         return None
     import boto3
-
-    from polygon_pipeline.lake.store import S3Access, open_lake
-    from polygon_pipeline.polygon.flat_files import BUCKET
 
     session = boto3.Session(wanted.flat_files_key_id, wanted.flat_files_secret, region_name="us-east-1")
     return open_lake(f"s3://{BUCKET}", lambda: S3Access(session, wanted.flat_files_url)).store
@@ -118,17 +103,12 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
         """A new empty local folder, removed when the run's process is done with the lake."""
         return Path(tempfile.mkdtemp(dir=self._scratch))
 
-    def open(self) -> "Lake":
+    def open(self) -> Lake:
         """Raises LakeError or settings.ConfigurationError for a lake that cannot be as it is configured."""
-        from polygon_pipeline.lake.store import open_lake
+        return open_lake(settings.lake_uri(_environment({"LAKE_URI": self.uri})), self._s3_access)
 
-        overrides = {} if self.uri is None else {"LAKE_URI": self.uri}
-        return open_lake(settings.load({**os.environ, **overrides}).lake_uri, self._s3_access)
-
-    def _s3_access(self) -> "S3Access":
+    def _s3_access(self) -> S3Access:
         import boto3
-
-        from polygon_pipeline.lake.store import S3Access
 
         session = boto3.Session(
             aws_access_key_id=self.s3.aws_access_key_id,

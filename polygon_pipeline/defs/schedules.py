@@ -5,12 +5,11 @@ from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
 
-from polygon_pipeline.defs.collect import RAW_ASSETS
-from polygon_pipeline.defs.history import reference_job
+from polygon_pipeline.datasets.catalog import DATASETS, FOLLOWING, RAW, REFERENCE_BARS
+from polygon_pipeline.datasets.staleness import reference_is_due, stale_datasets
 from polygon_pipeline.defs.partitions import latest_materialization
-from polygon_pipeline.defs.staleness import INPUTS, REFERENCE, reference_is_due, stale_datasets
+from polygon_pipeline.defs.reference import reference_job
 from polygon_pipeline.market import calendar
-from polygon_pipeline.market.bars import Channel
 
 # Two weeks: what failed while nobody looked is made once the cause is gone. Older days are a backfill.
 CATCH_UP_DAYS = 10
@@ -18,22 +17,18 @@ CATCH_UP_DAYS = 10
 # Published files are replaced within days, if at all.
 REPLACED_DAYS = 5
 
-_OF_CHANNEL = {
-    Channel.MINUTE: ["normalized_bars", "bars_5m", "bars_15m", "bars_1h", "daily_bars", "bar_coverage"],
-    Channel.SECOND: ["normalized_second_bars"],
-}
 _FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
 
 daily_datasets_job = dg.define_asset_job(
     "daily_datasets",
-    selection=[name for names in _OF_CHANNEL.values() for name in names],
+    selection=[dataset.name for dataset in FOLLOWING],
     description="Makes all datasets of a trading day from its raw bars.",
 )
 
 # A schedule's runs are all of one job.
 catch_up_job = dg.define_asset_job(
     "catch_up",
-    selection=[REFERENCE, *INPUTS],
+    selection=[REFERENCE_BARS.name, *(dataset.name for dataset in FOLLOWING)],
     description="Makes what is missing or out of date of a trading day. Started by catch_up_schedule.",
 )
 
@@ -51,10 +46,11 @@ def after_close_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest
         return dg.SkipReason(_closed(day))
     key = day.isoformat()
     names = [
-        name
-        for channel, raw_asset in RAW_ASSETS.items()
-        if key in context.instance.get_materialized_partitions(dg.AssetKey(raw_asset))
-        for name in _OF_CHANNEL[channel]
+        dataset.name
+        for channel, raw in RAW.items()
+        if key in context.instance.get_materialized_partitions(dg.AssetKey(raw.name))
+        for dataset in FOLLOWING
+        if dataset.channel is channel
     ]
     if not names:
         return dg.SkipReason(f"no raw bars of {day} were collected")
@@ -97,14 +93,14 @@ def catch_up_schedule(context: dg.ScheduleEvaluationContext) -> list[dg.RunReque
         if day in busy:
             continue
         made = _latest_materializations(context.instance, day)
-        reference = made.get(REFERENCE)
+        reference = made.get(REFERENCE_BARS.name)
         made_at = None if reference is None else datetime.fromtimestamp(reference.timestamp, UTC)
         if reference_is_due(day, made_at, now):
-            # A run of its own, and nothing waits for it: who may not have the history still gets the datasets. What
+            # A run of its own, and nothing waits for it: a plan without history gets its datasets all the same. What
             # follows from the reference is made by the sensor, or the next night.
-            requests.append(_request("reference", day, now, [REFERENCE]))
-        if names := stale_datasets({name: record.storage_id for name, record in made.items()}):
-            requests.append(_request("datasets", day, now, names))
+            requests.append(_request("reference", day, now, [REFERENCE_BARS.name]))
+        if stale := stale_datasets({name: record.storage_id for name, record in made.items()}):
+            requests.append(_request("datasets", day, now, [dataset.name for dataset in stale]))
     left_alone = f"; left alone, as runs of them are not finished: {', '.join(map(str, busy))}" if busy else ""
     looked_at = f"looked at {len(days)} trading days, {days[0]} to {days[-1]}"
     if not requests:
@@ -125,7 +121,7 @@ def _request(what: str, day: date, now: datetime, names: Collection[str]) -> dg.
 
 
 def _latest_materializations(instance: dg.DagsterInstance, day: date) -> dict[str, dg.EventLogRecord]:
-    names = [*RAW_ASSETS.values(), REFERENCE, *INPUTS]
+    names = [dataset.name for dataset in DATASETS]
     latest = {name: latest_materialization(instance, name, day.isoformat()) for name in names}
     return {name: record for name, record in latest.items() if record}
 

@@ -1,23 +1,26 @@
-"""The sensors: one starts the collector, one lets datasets follow their inputs. Shells around pure decisions."""
+"""The sensors: one starts the collector, one finds lost runs, one lets datasets follow their inputs.
 
-import os
-import time
+Belongs here: shells around pure decisions (collector.launching, demo). Does not belong here: what the processes of runs
+are asked (defs.supervision), and sensors of one asset (reference, external).
+"""
+
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 
 import dagster as dg
 
-from polygon_pipeline.collector.launching import Outcome, PastRun, Start, cause_of_death, decide_demo, decide_live
-from polygon_pipeline.defs.collect import (
-    DEATH,
-    FAILED_FOR_GOOD_TAG,
-    FEED_TAG,
-    SESSION_DATE_TAG,
+from polygon_pipeline import demo
+from polygon_pipeline.collector.launching import Outcome, PastRun, Start, decide_live
+from polygon_pipeline.defs.collect import FAILED_FOR_GOOD_TAG, FEED_TAG, SESSION_DATE_TAG, collect_aggregates_job
+from polygon_pipeline.defs.resources import LakeResource, PolygonResource
+from polygon_pipeline.defs.supervision import (
+    LOST,
     STOPPED_TAG,
     TERMINATED_BY_HAND,
-    collect_aggregates_job,
+    fail_killed_runs,
+    fail_lost_collectors,
 )
-from polygon_pipeline.defs.resources import LakeResource, PolygonResource
+from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
 from polygon_pipeline.settings import ConfigurationError
 
 ATTEMPT_TAG = "polygon_pipeline/attempt"
@@ -38,18 +41,16 @@ _RUNS_LOOKED_AT = 200
     job=collect_aggregates_job,
     default_status=dg.DefaultSensorStatus.RUNNING,
     minimum_interval_seconds=15,
-    description="Starts one collector a session, and the next attempt when one died. Without a key: the demo.",
+    description="Starts one collector per session, and the next attempt when one failed. Without a key: the demo.",
 )
 def market_session_sensor(
-    context: dg.SensorEvaluationContext, polygon: PolygonResource, lake: LakeResource
+    context: dg.SensorEvaluationContext, polygon: PolygonResource
 ) -> dg.RunRequest | dg.SkipReason:
     try:
         wanted = polygon.settings()
     except ConfigurationError as error:
         return dg.SkipReason(f"nothing is collected: {error}")
-    _bury_the_dead(context, lake)
-    _bury_killed_workers(context)
-    decide = decide_demo if wanted.websocket_url is None else decide_live
+    decide = demo.decide if wanted.is_demo else decide_live
     decision = decide(datetime.now(UTC), _LOADED_AT, _past_runs(context.instance, wanted.feed))
     if not isinstance(decision, Start):
         return dg.SkipReason(decision.reason)
@@ -62,65 +63,21 @@ def market_session_sensor(
     )
 
 
-def _bury_the_dead(context: dg.SensorEvaluationContext, lake: LakeResource) -> None:
-    """Reports runs failed whose process is gone: the default launcher would leave them started for ever."""
-    from polygon_pipeline.collector.lease import read_lease
-    from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
-
+@dg.sensor(
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=5,  # a lost collector's successor waits for this and for the sensor that starts it
+    description="Reports runs failed whose process is lost, so that the next attempt can start.",
+)
+def lost_runs_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SkipReason:
     job = collect_aggregates_job.name
-    started = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
-    records = context.instance.get_run_records(dg.RunsFilter(job_name=job, statuses=started))
-    if not records:
-        return
+    failed = fail_killed_runs(context.instance, but=job, log=context.log)
     try:
-        lease = read_lease(lake.open())
-    except (*STORE_ERRORS, LakeError) as error:
-        context.log.warning(f"the lease cannot be read, so nobody is taken for dead: {brief(error)}")
-        return
-    for record in records:
-        run = record.dagster_run
-        began = datetime.fromtimestamp(record.start_time, UTC) if record.start_time else record.create_timestamp
-        if cause := cause_of_death(datetime.now(UTC), run.run_id, began, lease):
-            message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
-            context.log.warning(f"run {run.run_id}: {message}")
-            context.instance.add_run_tags(run.run_id, {STOPPED_TAG: DEATH})
-            context.instance.report_run_failed(run, message)
-
-
-def _bury_killed_workers(context: dg.SensorEvaluationContext) -> None:
-    """Reports runs of datasets failed whose process was killed. The default launcher would leave them started for ever,
-    in the place of others; of its runs the process is known, and is on this machine. Dagster then tries them again
-    (run_retries), and a backfill goes on where it was."""
-    if type(context.instance.run_launcher).__name__ != "DefaultRunLauncher":
-        return
-    for record in context.instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
-        run = record.dagster_run
-        if run.job_name == collect_aggregates_job.name:
-            continue  # its lease tells
-        pid = _process_of(context.instance, run.run_id)
-        if pid and not _is_alive(pid, record.start_time or 0.0):
-            context.log.warning(f"run {run.run_id}: its process {pid} is gone")
-            context.instance.report_run_failed(run, f"The run's process {pid} is gone: it was killed, or the machine.")
-
-
-def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:
-    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
-        event = entry.dagster_event
-        pid = event.engine_event_data.metadata.get("pid") if event else None
-        if pid is not None and str(pid.value).isdigit():
-            return int(str(pid.value))
-    return None
-
-
-def _is_alive(pid: int, run_started: float) -> bool:
-    """Whether the process is there and is the run's: after a restart of the machine the id may be another's."""
-    from polygon_pipeline.collector.lease import process_start
-
-    ticks = process_start(pid)
-    if not ticks:
-        return ticks is not None
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age < run_started + 1
+        failed += fail_lost_collectors(context.instance, job, lake.open(), context.log)
+    except (*STORE_ERRORS, LakeError, ConfigurationError) as error:
+        return dg.SkipReason(f"the lease cannot be read, so no collector counts as lost: {brief(error)}")
+    return dg.SkipReason(
+        f"runs reported failed because their process is lost: {failed}" if failed else "no run is lost"
+    )
 
 
 def _past_runs(instance: dg.DagsterInstance, feed: str) -> Sequence[PastRun]:
@@ -144,7 +101,7 @@ def _outcome(run: dg.DagsterRun) -> Outcome:
         return Outcome.SUCCEEDED
     if run.tags.get(STOPPED_TAG) == TERMINATED_BY_HAND:
         return Outcome.STOPPED
-    if run.status is dg.DagsterRunStatus.CANCELED or run.tags.get(STOPPED_TAG) == DEATH:
+    if run.status is dg.DagsterRunStatus.CANCELED or run.tags.get(STOPPED_TAG) == LOST:
         return Outcome.INTERRUPTED
     return Outcome.FAILED_FOR_GOOD if FAILED_FOR_GOOD_TAG in run.tags else Outcome.FAILED
 

@@ -11,8 +11,11 @@ from datetime import date, datetime
 
 from polygon_pipeline.market.bars import Channel, iso_seconds
 
-# Which feed fills this lake: simulated and real data are never mixed.
+# Which feed fills this lake, and the number of its format: simulated and real data are never mixed.
 FEED_KEY = "feed.json"
+
+# The lake's format. What may be added without changing it, and what may not: docs/decisions/0007-lake-format-version.md
+FORMAT = 1
 
 # Who collects into this lake, with its live status.
 LEASE_KEY = "lease.json"
@@ -83,5 +86,5 @@ def ledger_key(day: date, run: str) -> str:
 
 
 def dataset_key(name: str, day: str) -> str:
-    """`datasets/normalized_bars/date=2026-01-26/data.parquet`. day: a partition key, YYYY-MM-DD."""
+    """`datasets/NAME/date=2026-01-26/data.parquet`. day: a partition key, YYYY-MM-DD."""
     return f"datasets/{name}/date={day}/data.parquet"

@@ -1,7 +1,6 @@
 """The store behind the lake: one code path for `s3://bucket/prefix` and `file:///path`, on obstore.
 
-Belongs here: opening a store, its credentials and timeouts, moving many objects, and telling permanent faults from
-passing ones. Does not belong here: keys (lake.layout) and what the objects contain.
+Belongs here: opening a store, its credentials and timeouts, moving many objects, and which errors are permanent. Does not belong here: keys (lake.layout) and what the objects contain.
 """
 
 from __future__ import annotations
@@ -43,12 +42,19 @@ STORE_ERRORS = (BaseError, OSError)
 # saturated by fewer; more connections cost the server and gain nothing.
 CONCURRENCY = 64
 
-# obstore tries again by itself; whoever must not give up tries again around it.
+# obstore retries by itself; a caller that must not give up retries around it.
 _RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
 
 
 class LakeError(Exception):
-    """The lake cannot be used as it is configured; the text says what to mend."""
+    """The lake cannot be used as it is configured; the text says what to correct."""
+
+
+class _Claim(msgspec.Struct):
+    """feed.json. format: lakes from before it was kept have format 1."""
+
+    feed: str
+    format: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Lake:
         obstore.put(self.store, key, content)
 
     def sync(self, keys: Iterable[str]) -> None:
-        """Makes objects of a local lake survive a power loss; its store leaves that to the system's leisure."""
+        """Makes objects of a local lake survive a power loss; its store leaves the time to the operating system."""
         files = [self.local_root / key for key in keys]
         folders = {folder for file in files for folder in file.parents if folder.is_relative_to(self.local_root)}
         for path in [*files, *folders]:
@@ -118,23 +124,29 @@ class Lake:
     def claim(self, feed: str) -> None:
         """Says which feed fills this lake ("polygon" or "simulated"), and proves that it can be read and written.
 
-        Raises LakeError where another feed's data is kept here, or where the store refuses the credentials.
+        Raises LakeError where another feed's data is kept here, where the lake's format is newer than this program
+        knows, or where the store refuses the credentials.
         """
-        content = msgspec.json.encode({"feed": feed})
         try:
-            found = self.get(layout.FEED_KEY)
-            if found is not None and found != content:
+            content = self.get(layout.FEED_KEY)
+            found = None if content is None else _decode_claim(content)
+            if content is not None and (found is None or found.feed != feed):
                 raise LakeError(
-                    f"{self.uri} holds another feed's data ({found.decode(errors='replace')}), and this collector's is "
-                    f"{feed}. Simulated and real data are never mixed: point LAKE_URI at another place."
+                    f"{self.uri} holds another feed's data ({content.decode(errors='replace')}), and this collector's "
+                    f"is {feed}. Simulated and real data are never mixed: point LAKE_URI at another place."
                 )
-            self.put(layout.FEED_KEY, content)
+            if found and found.format > layout.FORMAT:
+                raise LakeError(
+                    f"{self.uri} has format {found.format}, and this program knows formats up to {layout.FORMAT}. "
+                    "Install a newer version of polygon_pipeline."
+                )
+            self.put(layout.FEED_KEY, msgspec.json.encode(_Claim(feed, layout.FORMAT)))
         except STORE_ERRORS as error:
-            raise permanent_fault(error, self.uri) or error from error
+            raise permanent_error(error, self.uri) or error from error
 
 
-def permanent_fault(error: BaseException, uri: str) -> LakeError | None:
-    """The same fault as a LakeError that says what to mend, or None where it may pass by itself."""
+def permanent_error(error: BaseException, uri: str) -> LakeError | None:
+    """The same error as a LakeError that says what to correct, or None where it may pass by itself."""
     if isinstance(error, NOT_FOUND) or "NoSuchBucket" in str(error):
         return LakeError(f"{uri} does not exist. Create the bucket or correct LAKE_URI. ({brief(error)})")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
@@ -200,6 +212,13 @@ def _s3_store(bucket: str, prefix: str, access: S3Access) -> S3Store:
         client_options=client,
         retry_config=_RETRY,
     )
+
+
+def _decode_claim(content: bytes) -> _Claim | None:
+    try:
+        return msgspec.json.decode(content, type=_Claim)
+    except ValueError:
+        return None
 
 
 def brief(error: BaseException) -> str:

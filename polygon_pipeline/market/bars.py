@@ -48,7 +48,7 @@ _TICKER = re.compile(r"(?!\.\.?$)(?!.*\.\.)[^\x00-\x1f\x7f-\x9f/\\\u2028\u2029]+
 _TICKER_BYTES = 64
 
 
-def ticker_fault(ticker: str) -> str | None:
+def ticker_error(ticker: str) -> str | None:
     """Why this cannot be a ticker, or None if it can."""
     if not ticker:
         return "the ticker is empty"
@@ -57,7 +57,7 @@ def ticker_fault(ticker: str) -> str | None:
     return None
 
 
-def timestamp_fault(start_ms: int, now: datetime) -> str | None:
+def timestamp_error(start_ms: int, now: datetime) -> str | None:
     """Why this cannot be a bar's start, or None if it can. now: the aware time it arrived."""
     tomorrow = (now + timedelta(days=1)).timestamp() * 1000
     if not EARLIEST_MS <= start_ms <= tomorrow:

@@ -140,7 +140,7 @@ def completed_sessions(now: datetime, count: int) -> list[date]:
     return [day for day in past if (found := session(day)) and found.post_close <= now][-count:] if count else []
 
 
-def session_date(start_ms: int) -> date:
+def trade_date(start_ms: int) -> date:
     """The New York date of a bar's start (Unix ms): the day's partition, whatever the UTC date is."""
     return _date_of_hour(start_ms // _HOUR_MS)
 

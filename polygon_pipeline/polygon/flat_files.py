@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
 BUCKET = "flatfiles"
 
+# The CSV's columns, in this order, as DuckDB types them; all but the start are spelled as ours are.
+FLAT_FILE_COLUMNS = {
+    "ticker": "VARCHAR",
+    "volume": "DOUBLE",
+    "open": "DOUBLE",
+    "close": "DOUBLE",
+    "high": "DOUBLE",
+    "low": "DOUBLE",
+    "window_start": "BIGINT",  # Unix ns
+    "transactions": "BIGINT",
+}
+
 # A file that is late is asked for again this often, and after so long it will not come.
 _LATE_RETRY = timedelta(hours=1)
 _GIVEN_UP_AFTER = timedelta(days=7)

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from polygon_pipeline.market.bars import Bar, Channel, shares, ticker_fault, timestamp_fault
-from polygon_pipeline.market.calendar import session_date
+from polygon_pipeline.market.bars import Bar, Channel, shares, ticker_error, timestamp_error
+from polygon_pipeline.market.calendar import trade_date
 
 
 class Status(msgspec.Struct, frozen=True, tag_field="ev", tag="status"):
@@ -34,8 +34,8 @@ class Aggregate(msgspec.Struct, frozen=True, gc=False, tag_field="ev"):
     """The fields of `A` and `AM` that a bar or its normalized row needs; the frame itself keeps the others.
 
     `op` is the day's official open on the live feed (0 before 09:30), so the window's open is `o`, and `op` serves
-    only where `o` is absent, as the project's specification allows. `dv` is `v` with fractional shares, as a decimal
-    string.
+    only where `o` is absent, as the project's specification allows. `dv` and `dav` are `v` and `av` with fractional
+    shares, as decimal strings.
     """
 
     sym: str
@@ -52,6 +52,7 @@ class Aggregate(msgspec.Struct, frozen=True, gc=False, tag_field="ev"):
     a: float | None = None
     z: float | None = None
     otc: bool | None = None
+    dav: Any = None  # whatever it is, it is no reason to refuse a bar
 
 
 class MinuteAggregate(Aggregate, frozen=True, gc=False, tag="AM"):
@@ -87,9 +88,44 @@ class Frame(NamedTuple):
         return len(self.aggregates) + len(self.statuses) + len(self.other) + len(self.refused)
 
     @property
+    def newest_start_ms(self) -> int:
+        """The latest start (Unix ms) of its bars, of which there must be some."""
+        return int(max(aggregate.s for aggregate in self.aggregates))
+
+    @property
+    def last_start_ms(self) -> int:
+        """The start (Unix ms) of its last bar, of which there must be some."""
+        return int(self.aggregates[-1].s)
+
+    @property
     def bars(self) -> list[tuple[Channel, Bar]]:
         """The bars, in the order of their events. Made anew at every call, because only the objects need them."""
         return [(_CHANNELS[type(aggregate)], _bar(aggregate)) for aggregate in self.aggregates]
+
+    def arrivals(self, channel: Channel) -> list[Arrival]:
+        """The bars of a channel with everything that their events say, in their order."""
+        return [_arrival(aggregate) for aggregate in self.aggregates if _CHANNELS[type(aggregate)] is channel]
+
+
+class Arrival(NamedTuple):
+    """A bar as one event brought it, with all that its normalized row needs: the columns of polygon.sql.
+
+    start_ms: Unix ms. Prices are US dollars, volumes shares; day_*: of the day so far.
+    """
+
+    ticker: str
+    start_ms: int
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: float
+    vwap: float | None = None
+    day_open: float | None = None
+    day_volume: float | None = None
+    day_vwap: float | None = None
+    average_trade_size: float | None = None
+    otc: bool | None = None
 
 
 class _Kind(msgspec.Struct):
@@ -133,11 +169,16 @@ def decode_frames(payloads: Sequence[bytes], received_at: Sequence[datetime]) ->
 
 def count_by_day(aggregates: Sequence[Aggregate]) -> Counter[tuple[Channel, date]]:
     """How many bars there are of each channel and session date."""
-    days = {session_date(int(start)) for start in {aggregate.s for aggregate in aggregates}}
+    days = {trade_date(int(start)) for start in {aggregate.s for aggregate in aggregates}}
     kinds = set(map(type, aggregates))
     if len(days) == len(kinds) == 1:  # as nearly always
         return Counter({(_CHANNELS[kinds.pop()], days.pop()): len(aggregates)})
-    return Counter([(_CHANNELS[type(aggregate)], session_date(int(aggregate.s))) for aggregate in aggregates])
+    return Counter([(_CHANNELS[type(aggregate)], trade_date(int(aggregate.s))) for aggregate in aggregates])
+
+
+def tickers_of(aggregates: Sequence[Aggregate]) -> set[str]:
+    """The tickers that have bars among these."""
+    return {aggregate.sym for aggregate in aggregates}
 
 
 def decode_statuses(payload: bytes) -> Sequence[Status]:
@@ -219,11 +260,11 @@ def _check_text(content: bytes) -> None:
 def _all_sound(aggregates: Sequence[Aggregate], received_at: datetime) -> bool:
     """Whether _fault would certainly find nothing: the same rules for a whole frame at once, a fifth of the work."""
     if any(
-        type(start) is not int or timestamp_fault(start, received_at) for start in {event.s for event in aggregates}
+        type(start) is not int or timestamp_error(start, received_at) for start in {event.s for event in aggregates}
     ):
         return False
     if not _seen.issuperset(tickers := {event.sym for event in aggregates}):
-        if any(ticker_fault(ticker) for ticker in tickers):
+        if any(ticker_error(ticker) for ticker in tickers):
             return False
         if len(_seen) > _MOST_SEEN:
             _seen.clear()
@@ -245,7 +286,7 @@ def _fault(event: Aggregate, received_at: datetime) -> str | None:
     start_ms = int(event.s)
     if start_ms != event.s:
         return f"the timestamp {event.s} is not a whole number of milliseconds"
-    if fault := ticker_fault(event.sym) or timestamp_fault(start_ms, received_at):
+    if fault := ticker_error(event.sym) or timestamp_error(start_ms, received_at):
         return fault
     if _open(event) is None:
         return "there is no opening price: neither o nor a non-zero op"
@@ -265,6 +306,27 @@ def _bar(event: Aggregate) -> Bar:
     assert opened is not None
     assert volume is not None
     return Bar(event.sym, int(event.s), opened, event.h, event.l, event.c, shares(volume), event.vw)
+
+
+def _arrival(event: Aggregate) -> Arrival:
+    """What polygon.sql.ARRIVAL_COLUMNS makes of the same event."""
+    bar = _bar(event)
+    return Arrival(
+        *bar._replace(volume=float(bar.volume)),
+        day_open=event.op or None,
+        day_volume=event.av if (fractional := _number(event.dav)) is None else fractional,
+        day_vwap=event.a,
+        average_trade_size=event.z,
+        otc=bool(event.otc),
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A decimal string as a float, or None where it is something else."""
+    try:
+        return float(shares(value))
+    except (ValueError, TypeError):
+        return None
 
 
 def _open(event: Aggregate) -> float | None:

@@ -55,7 +55,7 @@ class RateLimit:
         return cls(path, requests // 60, 1.0) if requests >= _BY_THE_SECOND else cls(path, requests, 60.0)
 
     @property
-    def a_second(self) -> float:
+    def per_second(self) -> float:
         """Requests a second, in the long run."""
         return self._requests / self._seconds
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from datetime import UTC, date, datetime
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -24,7 +24,7 @@ import tenacity
 import urllib3
 from tenacity.wait import wait_base
 
-from polygon_pipeline.market.bars import ticker_fault
+from polygon_pipeline.market.bars import ticker_error
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.rate_limit import RateLimit
 
@@ -72,14 +72,23 @@ class HistoryBar(
 class Page(NamedTuple):
     """A part of a ticker's bars, oldest first; a ticker has at least one page, which may be empty.
 
-    fetched_at: when the answer was asked for (aware, UTC). The vendor's word is at least as new as that, while a
-    revision that the stream brings during the request may be newer than the answer. is_last: no page follows.
+    fetched_at: when the answer was asked for (aware, UTC). The vendor's values are at least as new as that, while a
+    revision that the stream sends during the request may be newer than the answer. content: a JSON array of HistoryBar,
+    checked and as received. is_last: no page follows.
     """
 
     ticker: str
     fetched_at: datetime
-    bars: Sequence[HistoryBar]
+    content: bytes
     is_last: bool
+
+    @property
+    def bars(self) -> list[HistoryBar]:
+        """The bars, decoded anew at every call."""
+        return _decode_bars(self.content)
+
+
+_decode_bars = msgspec.json.Decoder(list[HistoryBar]).decode
 
 
 class _Traded(msgspec.Struct, rename={"ticker": "T"}):
@@ -88,10 +97,10 @@ class _Traded(msgspec.Struct, rename={"ticker": "T"}):
     ticker: str
 
 
-class _Answer(msgspec.Struct, Generic[T]):
-    """results is absent where there are none, next_url on the last page."""
+class _Answer(msgspec.Struct):
+    """results is absent or null where there are none, next_url on the last page."""
 
-    results: list[T] | None = None
+    results: msgspec.Raw = msgspec.Raw(b"[]")
     next_url: str | None = None
     status: str = ""
 
@@ -146,8 +155,8 @@ class RestHistory:
     def traded_tickers(self, day: date) -> list[str]:
         """The tickers that have a daily bar, sorted; empty where the vendor has none for that day."""
         url = f"{self._url}/v2/aggs/grouped/locale/us/market/stocks/{day}?adjusted=false"
-        _, answer = self._ask(url, _Answer[_Traded], threading.Event())
-        return sorted({row.ticker for row in answer.results or () if not ticker_fault(row.ticker)})
+        _, _, rows = self._ask(url, list[_Traded], threading.Event())
+        return sorted({row.ticker for row in rows if not ticker_error(row.ticker)})
 
     def fetch_many(
         self,
@@ -169,26 +178,26 @@ class RestHistory:
                 with one_at_a_time:
                     use(page)
 
-        with ThreadPoolExecutor(min(CONCURRENCY, math.ceil(self._limit.a_second))) as threads:
+        with ThreadPoolExecutor(min(CONCURRENCY, math.ceil(self._limit.per_second))) as threads:
             try:
                 for done, ended in enumerate(as_completed([threads.submit(fetch, ticker) for ticker in tickers]), 1):
                     ended.result()
                     elapsed = time.monotonic() - began
-                    progress(done, len(tickers), seconds_left(done, len(tickers), elapsed, self._limit.a_second))
+                    progress(done, len(tickers), seconds_left(done, len(tickers), elapsed, self._limit.per_second))
             except BaseException:
                 stop.set()
                 threads.shutdown(cancel_futures=True)
                 raise
 
     def _pages(self, ticker: str, first: date | int, last: date | int, stop: threading.Event) -> Iterator[Page]:
-        if fault := ticker_fault(ticker):
+        if fault := ticker_error(ticker):
             raise ValueError(f"{ticker!r} cannot be asked for: {fault}")
         path = f"/v2/aggs/ticker/{quote(ticker, safe='')}/range/1/minute/{first}/{last}"
         url: str | None = f"{self._url}{path}?adjusted=false&sort=asc&limit={_PAGE_LIMIT}"
         asked: set[str] = set()
         while url:
             asked.add(url)
-            fetched_at, answer = self._ask(url, _Answer[HistoryBar], stop)
+            fetched_at, answer, _ = self._ask(url, list[HistoryBar], stop)
             url = answer.next_url
             if url and not url.lower().startswith(_origin(self._url)):
                 raise HistoryRefused(
@@ -197,10 +206,10 @@ class RestHistory:
                 )
             if url in asked:
                 raise HistoryUnavailable(f"{self._url}{path} goes on with a page that it gave before, without end.")
-            yield Page(ticker, fetched_at, answer.results or (), is_last=not url)
+            yield Page(ticker, fetched_at, bytes(answer.results), is_last=not url)
 
-    def _ask(self, url: str, kind: type[_Answer[T]], stop: threading.Event) -> tuple[datetime, _Answer[T]]:
-        """An answer, and when it was asked for."""
+    def _ask(self, url: str, results: type[T], stop: threading.Event) -> tuple[datetime, _Answer, T]:
+        """When an answer was asked for, the answer, and its results as the type given."""
         name = url.partition("?")[0]
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Passing),
@@ -214,7 +223,10 @@ class RestHistory:
         except _Passing as fault:
             raise HistoryUnavailable(f"{name} failed {_TRIES} times, the last time because {fault}.") from fault
         try:
-            answer = msgspec.json.decode(body, type=kind)
+            answer = msgspec.json.decode(body, type=_Answer)
+            if bytes(answer.results) == b"null":
+                answer.results = msgspec.Raw(b"[]")
+            decoded = msgspec.json.decode(answer.results, type=results)
         except (ValueError, RecursionError) as error:
             start = self._safe(body[:200].decode(errors="replace"))
             raise HistoryUnavailable(
@@ -222,7 +234,7 @@ class RestHistory:
             ) from None
         if answer.status == "ERROR":
             raise HistoryUnavailable(f"{name} answered with an error: {self._reason(body)}.")
-        return asked_at, answer
+        return asked_at, answer, decoded
 
     def _request(self, url: str, name: str, stop: threading.Event) -> tuple[datetime, bytes]:
         with self._limit.turn(stop):
@@ -266,13 +278,13 @@ class RestHistory:
         return text.replace(self._key, "…")
 
 
-def seconds_left(done: int, total: int, elapsed: float, a_second: float) -> float:
+def seconds_left(done: int, total: int, elapsed: float, per_second: float) -> float:
     """How long the rest takes: at the pace so far (elapsed seconds), but no faster than the limit (requests a second).
 
     The first requests of a small limit come at once, so that the pace alone would promise too much.
     """
     rest = total - done
-    return max(rest / a_second, rest * elapsed / done if done else 0.0)
+    return max(rest / per_second, rest * elapsed / done if done else 0.0)
 
 
 def _origin(url: str) -> str:

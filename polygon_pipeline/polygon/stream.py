@@ -21,6 +21,7 @@ from enum import StrEnum
 import msgspec
 import websocket
 
+from polygon_pipeline.polygon import frame_buffer
 from polygon_pipeline.polygon.messages import Status, decode_statuses
 
 # Others ping every 20-25 s; a server that answers nothing for 30 s is gone, whatever the socket says.
@@ -29,13 +30,9 @@ SILENCE_SECONDS = 30.0
 # From connecting to the last acknowledgement. Thousands of tickers are acknowledged within a second or two.
 HANDSHAKE_SECONDS = 20.0
 # Topics in one subscribe message: far below any limit met so far, and few messages for a long list.
-TOPICS_A_MESSAGE = 500
-# The whole market's minute in one frame is 2.5 MB. What is larger is no frame of this feed, and would fill memory.
-MAX_FRAME_BYTES = 8 * 1024 * 1024
-
-_BUFFER_BYTES = 256 * 1024
+TOPICS_PER_MESSAGE = 500
 # How often deadlines are looked at while frames come.
-_WATCH_SECONDS = 0.5
+_CHECK_SECONDS = 0.5
 
 _SOCKET_ERRORS = (websocket.WebSocketException, OSError, ValueError)
 
@@ -51,7 +48,6 @@ class EventKind(StrEnum):
     WARNED = "warned"  # the server announced trouble
     DISCONNECTED = "disconnected"
     REFUSED = "refused"
-    ENDED = "ended"  # the run ended on purpose; said by the collector, never by the stream
 
 
 class ConnectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -96,10 +92,10 @@ class _Connection:
     unacknowledged: set[str]
     opened: float = field(default_factory=time.monotonic)
     subscribed: float | None = None
-    heard: float = field(default_factory=time.monotonic)
-    fed: float = field(default_factory=time.monotonic)
+    last_heard: float = field(default_factory=time.monotonic)
+    last_frame: float = field(default_factory=time.monotonic)
     pinged: float = field(default_factory=time.monotonic)
-    watched: float = 0.0
+    checked: float = 0.0
     warning: str | None = None
     evicted: bool = False
 
@@ -112,8 +108,8 @@ class _Disconnected(Exception):
     """The connection is over; the text is its cause."""
 
 
-class _NotKept(Exception):
-    """on_frames failed; its error is the cause. Not to be taken for an error of the socket, in whose midst it comes."""
+class _ReceiverFailed(Exception):
+    """on_frames failed; its error is the cause. It comes out of reading the socket, and is no error of the socket."""
 
 
 class Stream:
@@ -137,6 +133,7 @@ class Stream:
         backoff: Backoff | None = None,
         quiet_limit: Callable[[], float | None] = lambda: None,
     ) -> None:
+        frame_buffer.verify()
         self._url = url
         self._key = key
         self._topics = list(topics)
@@ -152,7 +149,7 @@ class Stream:
         """Returns when stopped. Raises StreamRefused where trying again cannot help."""
         try:
             self._run()
-        except _NotKept as failure:
+        except _ReceiverFailed as failure:
             raise failure.__cause__ or failure from None
 
     def _run(self) -> None:
@@ -164,33 +161,32 @@ class Stream:
             except _Disconnected as ended:
                 cause = str(ended)
             except StreamRefused as refusal:
-                self._tell(ConnectionEvent(EventKind.REFUSED, str(refusal)))
+                self._report(ConnectionEvent(EventKind.REFUSED, str(refusal)))
                 raise
             if connection.warning:
                 cause = f"{connection.warning}; {cause}"
             if self._stop.is_set():
-                self._tell(ConnectionEvent(EventKind.DISCONNECTED, cause))
+                self._report(ConnectionEvent(EventKind.DISCONNECTED, cause))
                 return
             delay = self._backoff.next_delay(connection.live_seconds, connection.evicted)
-            self._tell(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3)))
+            self._report(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3)))
             self._stop.wait(delay)
 
     def _serve(self, connection: _Connection) -> None:
         with self._socket() as socket:
-            connection.opened = connection.heard = connection.pinged = time.monotonic()
-            self._tell(ConnectionEvent(EventKind.CONNECTED, "the socket is open"))
+            connection.opened = connection.last_heard = connection.pinged = time.monotonic()
+            self._report(ConnectionEvent(EventKind.CONNECTED, "the socket is open"))
             while not self._stop.is_set():
                 for status in self._receive(socket, connection):
-                    self._obey(status, socket, connection)
-                if time.monotonic() - connection.watched > _WATCH_SECONDS:
-                    self._watch(socket, connection)
+                    self._handle_status(status, socket, connection)
+                if time.monotonic() - connection.checked > _CHECK_SECONDS:
+                    self._check_deadlines(socket, connection)
 
     @contextlib.contextmanager
     def _socket(self) -> Iterator[websocket.WebSocket]:
         socket = websocket.WebSocket(skip_utf8_validation=True)  # in pure Python it costs 10 ms a frame
         try:
-            _bound_frames(socket)
-            _buffer(socket, self._hand_over)
+            frame_buffer.install(socket, self._deliver)
             try:
                 socket.connect(self._url, timeout=10)
             except _SOCKET_ERRORS as error:
@@ -199,7 +195,7 @@ class Stream:
             yield socket
         finally:
             try:
-                self._hand_over()
+                self._deliver()
             finally:
                 with contextlib.suppress(websocket.WebSocketException, OSError):
                     socket.close(timeout=1)
@@ -211,13 +207,15 @@ class Stream:
             opcode, data = socket.recv_data(control_frame=True)
         except websocket.WebSocketTimeoutException:
             return ()
+        except frame_buffer.FrameTooLarge as error:
+            raise _Disconnected(str(error)) from error
         except _SOCKET_ERRORS as error:
             raise _lost(error) from error
-        connection.heard = time.monotonic()
+        connection.last_heard = time.monotonic()
         if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
             self._received.append(data)
             if connection.subscribed:
-                connection.fed = connection.heard
+                connection.last_frame = connection.last_heard
                 self._patience = 1.0
             return decode_statuses(data)
         if opcode == websocket.ABNF.OPCODE_CLOSE:
@@ -225,18 +223,18 @@ class Stream:
             raise _Disconnected(f"the server closed the connection (code {code}: {reason or 'no reason given'})")
         return ()
 
-    def _obey(self, status: Status, socket: websocket.WebSocket, connection: _Connection) -> None:
+    def _handle_status(self, status: Status, socket: websocket.WebSocket, connection: _Connection) -> None:
         match status.status:
             case "connected":
                 _send(socket, "auth", self._key)
             case "auth_success":
-                for start in range(0, len(self._topics), TOPICS_A_MESSAGE):
-                    _send(socket, "subscribe", ",".join(self._topics[start : start + TOPICS_A_MESSAGE]))
+                for start in range(0, len(self._topics), TOPICS_PER_MESSAGE):
+                    _send(socket, "subscribe", ",".join(self._topics[start : start + TOPICS_PER_MESSAGE]))
             case "success":
                 topics = status.message.removeprefix("subscribed to:").split(",")
                 connection.unacknowledged.difference_update(topic.strip() for topic in topics)
                 if not connection.unacknowledged and not connection.subscribed:
-                    self._begin(connection)
+                    self._mark_subscribed(connection)
             case "auth_failed":
                 raise StreamRefused(
                     f"{self._url} refused the API key ({status.message or status.status}). "
@@ -256,30 +254,30 @@ class Stream:
 
     def _warn(self, status: Status, connection: _Connection) -> None:
         connection.warning = f"the server said {status.status} ({status.message})"
-        self._tell(ConnectionEvent(EventKind.WARNED, connection.warning))
+        self._report(ConnectionEvent(EventKind.WARNED, connection.warning))
 
-    def _begin(self, connection: _Connection) -> None:
-        connection.subscribed = connection.fed = time.monotonic()
+    def _mark_subscribed(self, connection: _Connection) -> None:
+        connection.subscribed = connection.last_frame = time.monotonic()
         confirmed = len(self._topics) - len(connection.unacknowledged)
-        self._tell(ConnectionEvent(EventKind.SUBSCRIBED, f"{confirmed} of {len(self._topics)} topics"))
+        self._report(ConnectionEvent(EventKind.SUBSCRIBED, f"{confirmed} of {len(self._topics)} topics"))
 
-    def _hand_over(self) -> None:
-        """Gives away what was received: many small frames cost the journal little more than one."""
+    def _deliver(self) -> None:
+        """Passes on what was received: many small frames cost the journal little more than one."""
         received, self._received = self._received, []
         if received:
             try:
                 self._on_frames(received)
             except Exception as error:
-                raise _NotKept from error
+                raise _ReceiverFailed from error
 
-    def _tell(self, event: ConnectionEvent) -> None:
-        self._hand_over()
+    def _report(self, event: ConnectionEvent) -> None:
+        self._deliver()
         self._on_event(event)
 
-    def _watch(self, socket: websocket.WebSocket, connection: _Connection) -> None:
+    def _check_deadlines(self, socket: websocket.WebSocket, connection: _Connection) -> None:
         """Pings, and ends a connection that is dead or whose handshake takes too long."""
-        connection.watched = now = time.monotonic()
-        if now - connection.heard > SILENCE_SECONDS:
+        connection.checked = now = time.monotonic()
+        if now - connection.last_heard > SILENCE_SECONDS:
             raise _Disconnected(f"the server sent nothing and answered no ping for {SILENCE_SECONDS:.0f} s")
         if now - connection.pinged > PING_SECONDS:
             connection.pinged = now
@@ -288,46 +286,16 @@ class Stream:
             except _SOCKET_ERRORS as error:
                 raise _lost(error) from error
         limit = self._quiet_limit() if connection.subscribed else None
-        if limit is not None and now - connection.fed > limit * self._patience:
+        if limit is not None and now - connection.last_frame > limit * self._patience:
             self._patience *= 2
-            raise _Disconnected(f"no bar came for {now - connection.fed:.0f} s while the market was open")
+            raise _Disconnected(f"no bar came for {now - connection.last_frame:.0f} s while the market was open")
         if not connection.subscribed and now - connection.opened > HANDSHAKE_SECONDS:
             if len(connection.unacknowledged) == len(self._topics):
                 raise _Disconnected(f"no subscription was acknowledged within {HANDSHAKE_SECONDS:.0f} s")
             # The others flow: leaving them to ask again would cost bars and be answered no better.
             missing = ", ".join(sorted(connection.unacknowledged))
-            self._tell(ConnectionEvent(EventKind.UNACKNOWLEDGED, f"no answer to the subscription to {missing}"))
-            self._begin(connection)
-
-
-def _bound_frames(socket: websocket.WebSocket) -> None:
-    """Refuses a frame by its announced length, before its payload is read into memory."""
-    buffer = socket.frame_buffer
-    read_length = buffer.recv_length
-
-    def recv_length() -> None:
-        read_length()
-        if buffer.length > MAX_FRAME_BYTES:
-            raise _Disconnected(f"the server announced a frame of {buffer.length} bytes, above {MAX_FRAME_BYTES}")
-
-    buffer.recv_length = recv_length
-
-
-def _buffer(socket: websocket.WebSocket, before_receiving: Callable[[], None]) -> None:
-    """Takes what has arrived at once: asking the system for every header and length costs more than all the rest, and
-    each time the stream may have to wait its turn behind the thread that publishes."""
-    receive = socket.frame_buffer.recv
-    waiting = memoryview(b"")
-
-    def buffered(size: int) -> bytes:
-        nonlocal waiting
-        if not waiting:
-            before_receiving()
-            waiting = memoryview(receive(_BUFFER_BYTES))
-        taken, waiting = waiting[:size], waiting[size:]
-        return bytes(taken)
-
-    socket.frame_buffer.recv = buffered
+            self._report(ConnectionEvent(EventKind.UNACKNOWLEDGED, f"no answer to the subscription to {missing}"))
+            self._mark_subscribed(connection)
 
 
 def _lost(error: Exception) -> _Disconnected:

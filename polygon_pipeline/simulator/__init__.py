@@ -1,5 +1,6 @@
-"""An exchange that speaks the vendor's protocol on loopback, with a synthetic market or recorded bars to send.
+"""An exchange that speaks the vendor's protocol on loopback and sends a synthetic market or recorded bars.
 
-Belongs here: everything that stands in for the vendor. Does not belong here: anything the project uses on real data,
-and any code that reads the protocol: were both sides to share it, a misreading would go unnoticed.
+Belongs here: everything that simulates the vendor. Does not belong here: anything the project uses with real data, and
+any code that reads the protocol: if server and client shared code, a misunderstanding of the protocol would go
+unnoticed.
 """

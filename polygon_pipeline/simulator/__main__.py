@@ -1,6 +1,6 @@
-"""`python -m polygon_pipeline.simulator`: serve a synthetic day and its past, or recorded files, until interrupted.
+"""`python -m polygon_pipeline.simulator`: serve a synthetic day and its history, or recorded files, until interrupted.
 
-Belongs here: the command line. Does not belong here: anything a test or a definition would import.
+Belongs here: the command line. Does not belong here: anything that a test or a Dagster definition imports.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, S3Access, open_
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
-from polygon_pipeline.simulator.faults import Faults, Kind
+from polygon_pipeline.simulator.faults import Faults, FaultType
 from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline.simulator.flat_files import flat_file, publish
-from polygon_pipeline.simulator.history import HistoryServer
 from polygon_pipeline.simulator.replay import replay
+from polygon_pipeline.simulator.rest_server import HistoryServer
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST, first_tickers
 
@@ -35,52 +35,55 @@ def _tickers(text: str) -> list[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m polygon_pipeline.simulator",
-        description="A simulated exchange that speaks the vendor's WebSocket protocol on 127.0.0.1, and of a "
-        "synthetic market also its REST: all days before, and the day itself as far as it has come.",
+        description="A simulated exchange that speaks the vendor's WebSocket protocol on 127.0.0.1. For a synthetic "
+        "market it also serves the vendor's REST API: all earlier days, and the simulated day up to the market time.",
     )
-    parser.add_argument("--port", type=int, default=0, help="0, the default, picks a free one")
+    parser.add_argument("--port", type=int, default=0, help="the port of the WebSocket server (default: a free one)")
     parser.add_argument("--day", type=date.fromisoformat, help="trading day (default: the last completed one)")
     parser.add_argument(
         "--tickers",
         type=_tickers,
         default=",".join(WATCH_LIST),
-        help="comma-separated, or how many (default: %(default)s)",
+        help="comma-separated, or a number of tickers (default: %(default)s)",
     )
     parser.add_argument(
         "--channels",
         choices=("AM", "A", "AM,A"),
         default="AM,A",
-        help="what is there to subscribe to (default: %(default)s); for a whole market at speed, AM alone",
+        help="the channels to send (default: %(default)s); for the whole market at high speed, use AM",
     )
-    parser.add_argument("--seed", type=int, default=7, help="another number, another market (default: 7)")
+    parser.add_argument("--seed", type=int, default=7, help="a different seed gives a different market (default: 7)")
     parser.add_argument(
         "--replay",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="send these instead: .csv of bars, or raw frames in .jsonl or .jsonl.zst",
+        help="send these instead of a synthetic day: bars as .csv, or raw frames as .jsonl or .jsonl.zst",
     )
     parser.add_argument(
         "--speed",
         type=float,
         default=320.0,
-        help="market seconds a second: 320 (default) is a day in 3 minutes, 1 is real time, 0 knows no pause",
+        help="market seconds per second: 320 (default) plays a day in 3 minutes, 1 is real time, 0 has no pauses",
     )
     parser.add_argument("--key", help="the only API key to accept (default: any)")
     parser.add_argument(
         "--faults",
         metavar="KIND=RATE,...",
-        help=f"what is to go wrong, each kind at a chance a frame, such as drop=0.01; kinds: {', '.join(Kind)}",
+        help="the faults to inject, each with its probability per frame, such as drop=0.01; kinds: "
+        f"{', '.join(FaultType)}",
     )
-    parser.add_argument("--rest-port", type=int, default=0, help="the same for the history; not with --replay")
-    parser.add_argument("--requests-per-minute", type=int, help="how many requests the history answers (default: any)")
+    parser.add_argument(
+        "--rest-port", type=int, default=0, help="the port of the REST API (default: a free one); not with --replay"
+    )
+    parser.add_argument("--requests-per-minute", type=int, help="the rate limit of the REST API (default: none)")
     parser.add_argument(
         "--flat-files",
         metavar="URI",
         help="publish flat files at s3://bucket/prefix (reached as AWS_* says) or file:///path; not with --replay",
     )
     parser.add_argument(
-        "--flat-file-days", type=int, default=1, help="of how many trading days, up to the simulated one (default: 1)"
+        "--flat-file-days", type=int, default=1, help="for how many trading days, up to the simulated one (default: 1)"
     )
     return parser.parse_args()
 
@@ -91,16 +94,16 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        feed, what = _feed(arguments)
+        feed, description = _feed(arguments)
         faults = Faults.parse(arguments.faults, arguments.seed) if arguments.faults else None
         with ExitStack() as serving:
             exchange = serving.enter_context(
                 Exchange(feed, speed=arguments.speed, key=arguments.key, port=arguments.port, faults=faults)
             )
-            variables = _serve_past(arguments, feed, exchange, serving) if isinstance(feed, SyntheticFeed) else {}
+            variables = _serve_history(arguments, feed, exchange, serving) if isinstance(feed, SyntheticFeed) else {}
             variables |= {"POLYGON_WEBSOCKET_URL": exchange.url, "POLYGON_API_KEY": arguments.key or "simulated"}
             sys.stdout.write(
-                f"SIMULATED exchange at {exchange.url} with {what}; connect the project to it with "
+                f"SIMULATED exchange at {exchange.url} with {description}; connect the project to it with "
                 f"{' '.join(f'{name}={value}' for name, value in variables.items())}\n"
             )
             sys.stdout.flush()
@@ -111,7 +114,7 @@ def main() -> None:
 
 
 def _feed(arguments: argparse.Namespace) -> tuple[Iterable[Event], str]:
-    """What to send, and how to call it."""
+    """The events to send, and a description of them."""
     if arguments.replay:
         if missing := [str(path) for path in arguments.replay if not path.is_file()]:
             raise ValueError(f"there is no file {', '.join(missing)}")
@@ -122,11 +125,11 @@ def _feed(arguments: argparse.Namespace) -> tuple[Iterable[Event], str]:
     return feed, f"the synthetic {day.isoformat()} of {len(market.tickers)} tickers"
 
 
-def _serve_past(
+def _serve_history(
     arguments: argparse.Namespace, feed: SyntheticFeed, exchange: Exchange, serving: ExitStack
 ) -> dict[str, str]:
-    """Serve the history and publish the flat files that are asked for; the variables that lead there."""
-    midnight_ms = calendar.day_bounds_ms(feed.day)[0]  # until the market's clock starts
+    """Serve the history and publish the requested flat files; returns the environment variables that point to them."""
+    midnight_ms = calendar.day_bounds_ms(feed.day)[0]  # the time until the market starts
     history = HistoryServer(
         feed.market.day_bars,
         key=arguments.key,

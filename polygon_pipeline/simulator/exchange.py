@@ -1,8 +1,8 @@
-"""The exchange: the vendor's protocol, served on loopback from a thread of its own.
+"""The exchange: the vendor's WebSocket protocol, served on loopback from a separate thread.
 
-Belongs here: connections, subscriptions, the market's clock and the sending of frames. Does not belong here: what is
-sent (synthetic, replay), and what goes wrong on request (faults): that has two places, `_send`, through which every
-frame of aggregates goes, and `_authenticate`.
+Belongs here: connections, subscriptions, the market time and the sending of frames. Does not belong here: the bars
+that are sent (synthetic, replay) and the faults themselves (faults). Faults are applied in two places only: `_send`,
+through which every frame of aggregates goes, and `_authenticate`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,34 @@ from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.simulator import faults as harm
-from polygon_pipeline.simulator.faults import AT_A_FRAME, AT_AUTHENTICATION, Fault, Faults, Frame, Kind, plain_frame
+from polygon_pipeline.simulator import faults as fault_actions
+from polygon_pipeline.simulator.faults import (
+    AT_AUTHENTICATION,
+    AT_FRAME,
+    Fault,
+    Faults,
+    FaultType,
+    OutgoingFrame,
+    plain_frame,
+)
 from polygon_pipeline.simulator.feed import Event
 
 _CHANNELS = frozenset(Channel)
-_EVENTS_A_READ = 4096  # taken from the feed at once, in a worker thread
-_TICK_SECONDS = 0.01  # what becomes due within one shares a frame
-# Clients may subscribe in several messages: the feed lets them finish before it begins.
+_EVENTS_PER_READ = 4096  # read from the feed at a time, in a worker thread
+_TICK_SECONDS = 0.01  # events that become due within one tick share a frame
+# Clients may subscribe in several messages: the feed starts only this long after the first one.
 _SETTLE_SECONDS = 0.1
 _CLOSE_SECONDS = 1.0
-# No session is this long silent and every night is longer, so longer silences are skipped.
+# Periods without events that are longer than this are skipped: every night is longer, and no pause in a session is.
 _NIGHT_MS = 7 * 3_600_000
-# Late bars are taken from so many events before, and so many at once.
-_REMEMBERED = 1000
+# The fault LATE sends this many of the most recent events again.
+_RECENT_EVENTS = 1000
 _LATE_EVENTS = 10
 
-_EXPULSIONS = {
-    Kind.SLOW_CONSUMER: "the client reads too slowly",
-    Kind.FORCE_DISCONNECT: "the server is going away",
-    Kind.MAX_CONNECTIONS: "Maximum number of websocket connections exceeded.",
+_EVICTION_MESSAGES = {
+    FaultType.SLOW_CONSUMER: "the client reads too slowly",
+    FaultType.FORCE_DISCONNECT: "the server is going away",
+    FaultType.MAX_CONNECTIONS: "Maximum number of websocket connections exceeded.",
 }
 
 
@@ -57,47 +65,49 @@ class _Request(msgspec.Struct):
 
 @dataclass(eq=False)
 class Served:
-    """What one connection was sent, in order: the truth to hold a client's account against.
+    """What one connection was sent, in order: the reference that a test compares the client's ledger with.
 
-    acknowledged: so many frames, from the first, the client has certainly received. Of the others nobody here can
-    know how many arrived, only that it was an unbroken run of them: they may have been in the buffer of a connection
-    that was torn down.
+    acknowledged: the client has certainly received this many frames, counted from the first. How many of the others
+    arrived is unknown, because they may have been in the buffer of a connection that was reset; but there are no gaps
+    between those that did arrive.
     """
 
-    frames: list[Frame] = field(default_factory=list)
+    frames: list[OutgoingFrame] = field(default_factory=list)
     acknowledged: int = 0
 
 
 @dataclass(eq=False)
 class _Connection:
-    """One authenticated connection and what it subscribed to."""
+    """One authenticated connection and its subscriptions."""
 
     socket: ServerConnection
     key: str
     served: Served
     topics: set[tuple[str, str]] = field(default_factory=set)  # (channel, ticker or *)
 
-    def wanted(self, events: list[Event]) -> list[bytes]:
+    def subscribed(self, events: list[Event]) -> list[bytes]:
+        """The payloads of the events that it subscribed to."""
         topics = self.topics
-        whole = {channel for channel in _CHANNELS if (channel, "*") in topics}
-        return [event.payload for event in events if event.channel in whole or (event.channel, event.ticker) in topics]
+        all_of = {channel for channel in _CHANNELS if (channel, "*") in topics}
+        return [event.payload for event in events if event.channel in all_of or (event.channel, event.ticker) in topics]
 
 
 class Exchange:
-    """Serves one feed to whoever subscribes; a context manager around the serving.
+    """Serves one feed to all subscribers; a context manager that starts and stops the server.
 
-    feed: events in the order of emit_ms; anything iterable, read once, in another thread.
-    speed: seconds of market time a second. 0 or infinity sends as fast as clients read, waits while nobody
-    subscribes, and loses only what is in the air when a connection ends. At any other speed market time goes on
-    whether or not anybody listens, from the first subscription (with start_at_once: from the start), and silences of
-    more than 7 hours, which are nights, are skipped.
-    key: the one API key to accept; None accepts any but the empty one. port: 0 picks a free one.
-    max_connections: for each key; one more evicts the oldest. auth_timeout: seconds. batch_limit: the most events in
-    a frame. buffer_limit: bytes a client may leave unread, at a speed, before it is dropped as a slow consumer.
-    faults: what is to go wrong. record: keep in `served` what every connection was sent. Each frame is then followed by
-    a ping, whose answer proves that it arrived; and a client that leaves a megabyte unread holds up the market.
+    feed: an iterable of events in the order of emit_ms, read once, in another thread.
+    speed: seconds of market time per second. 0 or infinity sends as fast as clients read, pauses while there is no
+    subscriber, and loses only data in transit when a connection ends. At any other speed, market time advances with
+    or without subscribers, from the first subscription on (with start_at_once: from the start), and periods of more
+    than 7 hours without events, which are nights, are skipped.
+    key: the only API key to accept; None accepts any key except an empty one. port: 0 picks a free one.
+    max_connections: per key; one more evicts the oldest. auth_timeout: seconds. batch_limit: the maximum number of
+    events per frame. buffer_limit: how many bytes a client may leave unread before it is evicted as a slow consumer;
+    not with speed 0 or infinity.
+    faults: the faults to inject. record: keep in `served` what every connection was sent. Every frame is then followed
+    by a ping, whose answer proves that the frame arrived; and a client that leaves a megabyte unread delays all others.
 
-    What goes wrong while serving, a feed's error among it, ends the serving and is raised by stop().
+    An error while serving, also one raised by the feed, stops the server and is raised by stop().
     """
 
     def __init__(
@@ -131,16 +141,17 @@ class Exchange:
         self._record = record
 
         self.finished = threading.Event()
-        """Set when the feed has been sent to its end and no socket holds any of it back; also when serving ends."""
+        """Set when the whole feed has been sent and no write buffer holds any of it; also when the server stops."""
         self.sent = 0
-        """How many aggregates were handed to open connections, each counted once for every connection."""
+        """How many aggregates were sent to open connections, each counted once per connection."""
         self.served: list[Served] = []
         """With record: each authenticated connection's frames, in the order of connecting."""
         self._frames = 0
-        self._earlier: deque[Event] = deque(maxlen=_REMEMBERED)
+        self._recent: deque[Event] = deque(maxlen=_RECENT_EVENTS)
         self._connections: list[_Connection] = []
-        self._closings: set[asyncio.Task[None]] = set()  # held, because the loop itself holds tasks only weakly
-        # A moment of time.monotonic() and its market time in ms; None until the market starts.
+        # A reference is kept to each task, because the event loop itself has only weak references to them.
+        self._closing_tasks: set[asyncio.Task[None]] = set()
+        # A value of time.monotonic() and the market time in ms at that moment; None until the market starts.
         self._clock: tuple[float, float] | None = None
         self._last_emit_ms = 0
         self._ready = threading.Event()
@@ -153,7 +164,7 @@ class Exchange:
 
     @property
     def market_time_ms(self) -> int:
-        """The market's clock in Unix ms, 0 before it starts. As fast as possible: the last event's emit_ms."""
+        """The market time in Unix ms, 0 before it starts. With speed 0 or infinity, the last event's emit_ms."""
         if self._fast or self._clock is None:
             return self._last_emit_ms
         started, market_ms = self._clock
@@ -177,7 +188,7 @@ class Exchange:
         self.stop()
 
     def stop(self) -> None:
-        """Close every connection and the port. Raises what ended the serving before, if anything did."""
+        """Close every connection and the port. Raises the error that stopped the server earlier, if there was one."""
         if self._thread and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
@@ -198,7 +209,7 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._subscribed = asyncio.Event()
-        # The vendor leaves pings to its clients, and compressing would be all that this process does.
+        # Like the vendor, it sends no keepalive pings. Compression would take most of the CPU time.
         async with serve(
             self._handle,
             "127.0.0.1",
@@ -210,7 +221,7 @@ class Exchange:
         ) as server:
             self.port = server.sockets[0].getsockname()[1]
             self._ready.set()
-            play = asyncio.create_task(self._play())
+            play = asyncio.create_task(self._play_feed())
             stop = asyncio.create_task(self._stopping.wait())
             try:
                 await asyncio.wait((play, stop), return_when=asyncio.FIRST_COMPLETED)
@@ -220,7 +231,7 @@ class Exchange:
             finally:
                 play.cancel()
                 for connection in self._connections:
-                    # Closing waits for what is still to be read, and a client that does not read would never let it.
+                    # Closing waits until the write buffer is empty, which never happens if the client does not read.
                     if connection.socket.transport.get_write_buffer_size():
                         connection.socket.transport.abort()
 
@@ -236,9 +247,9 @@ class Exchange:
             connection = _Connection(socket, key, Served())
             if self._record:
                 self.served.append(connection.served)
-            self._admit(connection)
+            self._register(connection)
             async for message in socket:
-                self._answer(connection, _request(message))
+                self._handle_request(connection, _decode_request(message))
         except ConnectionClosed:
             pass
         except Exception as error:
@@ -247,15 +258,15 @@ class Exchange:
             raise
         finally:
             if connection:
-                self._forget(connection)
+                self._unregister(connection)
 
     async def _authenticate(self, socket: ServerConnection) -> str | None:
-        """The connection's key, or None once it has been turned away."""
+        """The connection's key, or None if the client was refused."""
         try:
             async with asyncio.timeout(self._auth_timeout):
-                request = _request(await socket.recv())
+                request = _decode_request(await socket.recv())
             fault = self._faults.due(AT_AUTHENTICATION, self._frames, self.market_time_ms)
-            if fault and fault.kind is Kind.AUTH_TIMEOUT:
+            if fault and fault.kind is FaultType.AUTH_TIMEOUT:
                 raise TimeoutError
         except TimeoutError:
             await socket.send(_status("auth_timeout", "authentication timed out"))
@@ -265,48 +276,48 @@ class Exchange:
             await socket.send(_status("auth_success", "authenticated"))
             return request.params
         await socket.send(_status("auth_failed", "authentication failed"))
-        # The vendor drops the connection without a close frame, so the library's way of closing must not come first.
+        # The vendor drops the connection without a close frame, so it must not be closed through the library.
         socket.transport.close()
         await socket.wait_closed()
         return None
 
-    def _admit(self, connection: _Connection) -> None:
+    def _register(self, connection: _Connection) -> None:
         same_key = [other for other in self._connections if other.key == connection.key]
         self._connections.append(connection)
         for other in same_key[: max(0, len(same_key) + 1 - self._max_connections)]:
-            self._expel(other, Kind.MAX_CONNECTIONS)
+            self._evict(other, FaultType.MAX_CONNECTIONS)
 
-    def _expel(self, connection: _Connection, status: Kind) -> None:
-        broadcast([connection.socket], _status(status, _EXPULSIONS[status]))
+    def _evict(self, connection: _Connection, status: FaultType) -> None:
+        broadcast([connection.socket], _status(status, _EVICTION_MESSAGES[status]))
         self._close(connection, 1008, status)
 
     def _close(self, connection: _Connection, code: int, reason: str) -> None:
-        """Begin the closing; a client that takes its time over it holds up nobody."""
-        self._forget(connection)
-        closing = self._loop.create_task(self._finish(connection.socket, code, reason))
-        self._closings.add(closing)
-        closing.add_done_callback(self._closings.discard)
+        """Start closing in the background, so that a client that is slow to answer does not delay the others."""
+        self._unregister(connection)
+        closing = self._loop.create_task(self._finish_closing(connection.socket, code, reason))
+        self._closing_tasks.add(closing)
+        closing.add_done_callback(self._closing_tasks.discard)
 
-    async def _finish(self, socket: ServerConnection, code: int, reason: str) -> None:
+    async def _finish_closing(self, socket: ServerConnection, code: int, reason: str) -> None:
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await socket.close(code, reason)
         except TimeoutError:
             socket.transport.abort()
 
-    def _forget(self, connection: _Connection) -> None:
+    def _unregister(self, connection: _Connection) -> None:
         if connection in self._connections:
             self._connections.remove(connection)
-        self._note_subscriptions()
+        self._update_subscribed()
 
-    def _forget_departed(self) -> None:
-        """Their handlers do it too, but only later: until then the market would be played to nobody."""
+    def _unregister_closed(self) -> None:
+        """Each connection's handler does this too, but later: until then, events would be sent to no client."""
         for connection in list(self._connections):
             if connection.socket.state is not State.OPEN:
-                self._forget(connection)
+                self._unregister(connection)
 
-    def _answer(self, connection: _Connection, request: _Request | None) -> None:
-        """Acknowledge new topics in one frame. The vendor is silent about all else, and so is this."""
+    def _handle_request(self, connection: _Connection, request: _Request | None) -> None:
+        """Acknowledge new topics in one frame. Like the vendor, do not answer anything else."""
         if request is None or request.action not in ("subscribe", "unsubscribe"):
             return
         acknowledged = []
@@ -322,9 +333,9 @@ class Exchange:
             acknowledged.append(("success", f"{request.action}d to: {topic}"))
         if acknowledged:
             broadcast([connection.socket], _statuses(acknowledged))
-            self._note_subscriptions()
+            self._update_subscribed()
 
-    def _note_subscriptions(self) -> None:
+    def _update_subscribed(self) -> None:
         if any(connection.topics for connection in self._connections):
             self._subscribed.set()
         else:
@@ -332,42 +343,42 @@ class Exchange:
 
     # The market
 
-    async def _play(self) -> None:
+    async def _play_feed(self) -> None:
         if not self._start_at_once:
-            await self._somebody_subscribed()
+            await self._wait_for_subscriber()
         events = iter(self._feed)
-        # A feed may think for seconds before an event: in a worker thread, so that connections are served meanwhile.
-        while batch := await asyncio.to_thread(lambda: list(islice(events, _EVENTS_A_READ))):
+        # A feed may need seconds to make an event: it runs in a worker thread, so that connections are still served.
+        while batch := await asyncio.to_thread(lambda: list(islice(events, _EVENTS_PER_READ))):
             position = 0
             while position < len(batch):
                 if self._fast:
-                    await self._somebody_subscribed()
+                    await self._wait_for_subscriber()
                     due = len(batch)
                 else:
-                    now = await self._until(batch[position].emit_ms)
+                    now = await self._wait_until(batch[position].emit_ms)
                     due = max(position + 1, bisect_right(batch, now, key=attrgetter("emit_ms")))
                 end = min(due, position + self._batch_limit)
                 self._last_emit_ms = batch[end - 1].emit_ms
                 if self._faults:
-                    self._earlier.extend(batch[position:end])
+                    self._recent.extend(batch[position:end])
                 for connection in list(self._connections):
-                    if wanted := connection.wanted(batch[position:end]):
-                        await self._send(connection, wanted)
+                    if aggregates := connection.subscribed(batch[position:end]):
+                        await self._send(connection, aggregates)
                 position = end
-                await asyncio.sleep(0)  # connections are served, even when everything is overdue
+                await asyncio.sleep(0)  # lets the connections be served, even when all events are overdue
         for connection in list(self._connections):
-            await self._flush(connection)
+            await self._wait_until_flushed(connection)
         self.finished.set()
 
-    async def _somebody_subscribed(self) -> None:
-        self._forget_departed()
+    async def _wait_for_subscriber(self) -> None:
+        self._unregister_closed()
         while not self._subscribed.is_set():
             await self._subscribed.wait()
             await asyncio.sleep(_SETTLE_SECONDS)
-            self._forget_departed()
+            self._unregister_closed()
 
-    async def _until(self, emit_ms: int) -> int:
-        """Wait for that market time; the market time it is then."""
+    async def _wait_until(self, emit_ms: int) -> int:
+        """Wait until this market time; returns the market time afterwards."""
         ahead = emit_ms - self.market_time_ms
         if self._clock is None or ahead > _NIGHT_MS:
             self._clock = time.monotonic(), emit_ms
@@ -376,88 +387,88 @@ class Exchange:
         return self.market_time_ms
 
     async def _send(self, connection: _Connection, aggregates: list[bytes]) -> None:
-        """Send one frame of aggregates, each one JSON object, or what a fault makes of it."""
+        """Send one frame of aggregates, each one JSON object; or, if a fault is due, what that fault sends instead."""
         socket = connection.socket
         if socket.state is not State.OPEN:
             return
         if not self._fast and socket.transport.get_write_buffer_size() > self._buffer_limit:
-            self._expel(connection, Kind.SLOW_CONSUMER)
+            self._evict(connection, FaultType.SLOW_CONSUMER)
             return
         self._frames += 1
-        fault = self._faults.due(AT_A_FRAME, self._frames, self.market_time_ms)
+        fault = self._faults.due(AT_FRAME, self._frames, self.market_time_ms)
         if fault is None:
             await self._deliver(connection, plain_frame(aggregates))
-        elif fault.kind is Kind.TRUNCATED_FRAME:
-            self._forget(connection)
-            harm.cut(socket, plain_frame(aggregates).payload)
+        elif fault.kind is FaultType.TRUNCATED_FRAME:
+            self._unregister(connection)
+            fault_actions.send_truncated(socket, plain_frame(aggregates).payload)
         else:
-            late = connection.wanted(self._faults.sample(self._earlier, _LATE_EVENTS))
-            for frame in self._faults.spoil(fault.kind, aggregates, late):
+            late = connection.subscribed(self._faults.sample(self._recent, _LATE_EVENTS))
+            for frame in self._faults.outgoing_frames(fault.kind, aggregates, late):
                 await self._deliver(connection, frame)
             if socket.state is State.OPEN:
-                self._inflict(connection, fault)
+                self._apply_fault(connection, fault)
 
-    async def _deliver(self, connection: _Connection, frame: Frame) -> None:
+    async def _deliver(self, connection: _Connection, frame: OutgoingFrame) -> None:
         self.sent += len(frame.bars)
-        with suppress(ConnectionClosed):  # what was in the air is lost, as it is on a real exchange
+        with suppress(ConnectionClosed):  # data in transit is lost, as with the real exchange
             if self._record:
                 connection.served.frames.append(frame)
             if self._fast:
                 await connection.socket.send(frame.payload, text=frame.text)
             else:
-                # Never waits: one slow reader must not hold up the market.
+                # Never waits: one slow client must not delay the others.
                 broadcast([connection.socket], frame.payload, text=frame.text)
             if self._record:
-                await self._ask_for_receipt(connection)
+                await self._request_acknowledgement(connection)
 
-    async def _ask_for_receipt(self, connection: _Connection) -> None:
-        """A ping, because a client answers it when it has read everything before it."""
+    async def _request_acknowledgement(self, connection: _Connection) -> None:
+        """Send a ping: its answer proves that the client has read everything before it."""
         served, frames = connection.served, len(connection.served.frames)
 
-        def note(answer: asyncio.Future[float]) -> None:
+        def mark_acknowledged(answer: asyncio.Future[float]) -> None:
             if not answer.cancelled() and not answer.exception():
                 served.acknowledged = max(served.acknowledged, frames)
 
-        asyncio.ensure_future(await connection.socket.ping()).add_done_callback(note)
+        asyncio.ensure_future(await connection.socket.ping()).add_done_callback(mark_acknowledged)
 
-    def _inflict(self, connection: _Connection, fault: Fault) -> None:
-        """Do to the connection what the fault says; those that only spoil frames do nothing."""
+    def _apply_fault(self, connection: _Connection, fault: Fault) -> None:
+        """Apply the fault to the connection; faults that only change frames do nothing here."""
         match fault.kind:
-            case Kind.SLOW_CONSUMER | Kind.FORCE_DISCONNECT | Kind.MAX_CONNECTIONS:
-                self._expel(connection, fault.kind)
-            case Kind.CLOSE:
+            case FaultType.SLOW_CONSUMER | FaultType.FORCE_DISCONNECT | FaultType.MAX_CONNECTIONS:
+                self._evict(connection, fault.kind)
+            case FaultType.CLOSE:
                 self._close(connection, 1001, "going away")
-            case Kind.DROP:
-                self._forget(connection)
-                harm.drop(connection.socket)
-            case Kind.RESET:
-                self._forget(connection)
-                harm.reset(connection.socket)
-            case Kind.HUGE_FRAME:
-                self._forget(connection)
-                harm.announce_huge(connection.socket)
-            case Kind.STALL | Kind.SILENCE:
-                # To be forgotten is to get nothing: as fast as possible, the market waits for whoever comes next.
-                self._forget(connection)
-                if fault.kind is Kind.STALL:
-                    harm.mute(connection.socket)
+            case FaultType.DROP:
+                self._unregister(connection)
+                fault_actions.drop(connection.socket)
+            case FaultType.RESET:
+                self._unregister(connection)
+                fault_actions.reset(connection.socket)
+            case FaultType.HUGE_FRAME:
+                self._unregister(connection)
+                fault_actions.announce_huge_frame(connection.socket)
+            case FaultType.STALL | FaultType.SILENCE:
+                # An unregistered connection is sent nothing; with speed 0, the feed pauses until there is a subscriber.
+                self._unregister(connection)
+                if fault.kind is FaultType.STALL:
+                    fault_actions.discard_writes(connection.socket)
                 if fault.seconds is not None:
-                    self._loop.call_later(fault.seconds, self._remember, connection)
+                    self._loop.call_later(fault.seconds, self._end_silence, connection)
 
-    def _remember(self, connection: _Connection) -> None:
-        """The end of a stall or a silence."""
-        harm.unmute(connection.socket)
+    def _end_silence(self, connection: _Connection) -> None:
+        """Resume sending after a stall or a silence."""
+        fault_actions.restore_writes(connection.socket)
         if connection.socket.state is State.OPEN:
             self._connections.append(connection)
-            self._note_subscriptions()
+            self._update_subscribed()
 
-    async def _flush(self, connection: _Connection) -> None:
+    async def _wait_until_flushed(self, connection: _Connection) -> None:
         while connection.socket.state is State.OPEN and connection.socket.transport.get_write_buffer_size():
             await asyncio.sleep(_TICK_SECONDS)
 
 
-def _request(message: str | bytes) -> _Request | None:
-    """The client's message, or None if it is not one."""
+def _decode_request(message: str | bytes) -> _Request | None:
+    """The decoded message of a client, or None if it is not a valid one."""
     try:
         return msgspec.json.decode(message, type=_Request)
     except msgspec.DecodeError:

@@ -1,11 +1,11 @@
-"""Faults on request: when one is due, what it makes of a frame, and what it does to a connection.
+"""Faults on request: when a fault is due, and what it does to a frame or a connection.
 
-Belongs here: the plan of faults, spoilt frames, and the ways of hurting a socket. Does not belong here: which
-connection is hurt, and what was sent otherwise (exchange).
+Belongs here: the plan of faults, corrupted frames, and the ways to break a connection. Does not belong here: choosing
+the connection that is affected, and normal sending (exchange).
 
-A plan is a list of Fault, each with one trigger, so that rates and appointments mix:
+A plan is a list of Fault, each with one trigger, so that random and scheduled faults can be combined:
 
-    Faults([Fault(Kind.DROP, rate=0.01), Fault(Kind.STALL, after_frames=100, seconds=5)], seed=7)
+    Faults([Fault(FaultType.DROP, rate=0.01), Fault(FaultType.STALL, after_frames=100, seconds=5)], seed=7)
 """
 
 from __future__ import annotations
@@ -29,55 +29,55 @@ from websockets.frames import Opcode
 
 T = TypeVar("T")
 
-_HUGE_BYTES = 64 * 2**20  # far above what any client should take
-_DEEP = 100_000  # brackets; a parser that recurses gives up long before
+_HUGE_BYTES = 64 * 2**20  # far more than any client should accept
+_NESTING_DEPTH = 100_000  # brackets; a recursive parser fails long before
 
 
-class Kind(StrEnum):
-    """What can go wrong. The three with a status carry the vendor's name for it."""
+class FaultType(StrEnum):
+    """What can go wrong. SLOW_CONSUMER, FORCE_DISCONNECT and MAX_CONNECTIONS are the vendor's status names."""
 
-    # The connection ends, after the frame that was due.
+    # The connection ends after the current frame.
     DROP = "drop"  # everything sent arrives, then the TCP connection ends without a close frame
-    RESET = "reset"  # the TCP connection is torn down, and what was in the air is lost
+    RESET = "reset"  # the TCP connection is reset, and data in transit is lost
     CLOSE = "close"  # with a close frame
-    SLOW_CONSUMER = "slow_consumer"  # this and the next two: a status, then a close frame with code 1008
+    SLOW_CONSUMER = "slow_consumer"  # this one and the next two: a status, then a close frame with code 1008
     FORCE_DISCONNECT = "force_disconnect"
     MAX_CONNECTIONS = "max_connections"
-    TRUNCATED_FRAME = "truncated_frame"  # the frame is cut in the middle, then like drop
-    # The connection stays, and sends nothing more (for Fault.seconds) or nothing sensible.
+    TRUNCATED_FRAME = "truncated_frame"  # only half of the frame is sent, then as with DROP
+    # The connection stays open but sends nothing useful: for Fault.seconds, or until the client gives up.
     STALL = "stall"  # half-open: not even pings are answered
     SILENCE = "silence"  # pings are answered
-    HUGE_FRAME = "huge_frame"  # a frame of 64 MiB is announced and never comes
-    # The frame that was due is spoilt, or others come with it.
-    LATE = "late"  # aggregates from before come again, among them revisions that were replaced since
-    DUPLICATE = "duplicate"  # the whole frame comes twice
-    UNKNOWN_KIND = "unknown_kind"  # an event of a kind nobody subscribed to, among the others
-    BAD_EVENT = "bad_event"  # an aggregate that is none, among the others
-    NOT_A_NUMBER = "not_a_number"  # a NaN, which makes the whole frame something else than JSON
-    TRUNCATED_JSON = "truncated_json"  # the frame's text ends early
-    BROKEN_OBJECT = "broken_object"  # besides the frame, another that is a bare object and ends early
-    DEEP_NESTING = "deep_nesting"  # besides the frame, another that is nested too deeply for a parser's stack
-    TEXT_GARBAGE = "text_garbage"  # besides the frame, a text frame that is not even UTF-8
-    BINARY_GARBAGE = "binary_garbage"  # besides the frame, a binary one
-    # A client that authenticates is turned away.
+    HUGE_FRAME = "huge_frame"  # the header of a 64 MiB frame is sent, and the rest never is
+    # The frame is corrupted, or additional frames are sent with it.
+    LATE = "late"  # earlier aggregates are sent again, some of which have been revised since
+    DUPLICATE = "duplicate"  # the whole frame is sent twice
+    UNKNOWN_KIND = "unknown_kind"  # the frame also contains an event of a type that is not an aggregate
+    BAD_EVENT = "bad_event"  # the frame also contains an invalid aggregate
+    NOT_A_NUMBER = "not_a_number"  # the frame also contains a NaN, so it is not valid JSON
+    TRUNCATED_JSON = "truncated_json"  # the frame's text is cut off
+    BROKEN_OBJECT = "broken_object"  # an additional frame: a single JSON object that is cut off
+    DEEP_NESTING = "deep_nesting"  # an additional frame: JSON nested too deeply for a recursive parser
+    TEXT_GARBAGE = "text_garbage"  # an additional text frame that is not UTF-8
+    BINARY_GARBAGE = "binary_garbage"  # an additional binary frame
+    # Authentication is refused.
     AUTH_TIMEOUT = "auth_timeout"
     AUTH_FAILED = "auth_failed"
 
 
-AT_AUTHENTICATION = frozenset({Kind.AUTH_TIMEOUT, Kind.AUTH_FAILED})
-AT_A_FRAME = frozenset(Kind) - AT_AUTHENTICATION
+AT_AUTHENTICATION = frozenset({FaultType.AUTH_TIMEOUT, FaultType.AUTH_FAILED})
+AT_FRAME = frozenset(FaultType) - AT_AUTHENTICATION
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault and when it happens: by exactly one of rate, after_frames and at_ms.
+    """One type of fault and its trigger, which is exactly one of rate, after_frames and at_ms.
 
-    rate: its chance (0 to 1) at every frame of aggregates, or at every authentication. after_frames: once, when the
-    exchange has sent so many frames. at_ms: once, when the market's clock (Unix ms) has come so far. seconds: after
-    how long a stall or silence ends; None leaves that to the client.
+    rate: the probability (0 to 1) at every frame of aggregates, or at every authentication. after_frames: once, as
+    soon as the exchange has sent this many frames. at_ms: once, as soon as the market time (Unix ms) reaches this.
+    seconds: the duration of a stall or silence; None means until the client disconnects.
     """
 
-    kind: Kind
+    kind: FaultType
     rate: float | None = None
     after_frames: int | None = None
     at_ms: int | None = None
@@ -90,11 +90,11 @@ class Fault:
             raise ValueError(f"the rate of {self.kind} must be from 0 to 1, not {self.rate}")
 
 
-class Frame(NamedTuple):
-    """One frame as it goes out, and what a good reader makes of it: every event is in one of the three.
+class OutgoingFrame(NamedTuple):
+    """One frame as it is sent, and how a correct client classifies its events: each is in one of the three lists.
 
-    bars: aggregates. other: events of unknown kinds. bad: what is to be refused, verbatim; the whole payload where
-    the frame as such cannot be read.
+    bars: aggregates. other: events of unknown types. bad: what the client must reject, verbatim; the whole payload
+    if the frame cannot be decoded at all.
     """
 
     payload: bytes
@@ -105,24 +105,24 @@ class Frame(NamedTuple):
 
 
 class Faults:
-    """A plan under way. The same plan, seed and sequence of frames give the same faults. Not thread-safe."""
+    """A plan in execution. The same plan, seed and sequence of frames give the same faults. Not thread-safe."""
 
     def __init__(self, plan: Iterable[Fault] = (), seed: int = 0) -> None:
         self._plan = list(plan)
         self._random = random.Random(seed)
-        self.happened: Counter[Kind] = Counter()
-        """How often each kind happened so far."""
+        self.happened: Counter[FaultType] = Counter()
+        """How often each type of fault has happened so far."""
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> Faults:
-        """From `KIND=RATE,...`, as on the command line. ValueError says what is wrong."""
+        """Parse `KIND=RATE,...`, as given on the command line. ValueError says what is wrong."""
         plan = []
         for part in text.split(","):
             kind, _, rate = part.partition("=")
-            if kind not in list(Kind):
-                raise ValueError(f"there is no fault {kind!r}; there are {', '.join(Kind)}")
+            if kind not in list(FaultType):
+                raise ValueError(f"there is no fault {kind!r}; there are {', '.join(FaultType)}")
             try:
-                plan.append(Fault(Kind(kind), rate=float(rate)))
+                plan.append(Fault(FaultType(kind), rate=float(rate)))
             except ValueError as error:
                 raise ValueError(f"{part!r} is not KIND=RATE with a rate from 0 to 1") from error
         return cls(plan, seed)
@@ -130,8 +130,8 @@ class Faults:
     def __bool__(self) -> bool:
         return bool(self._plan)
 
-    def due(self, kinds: AbstractSet[Kind], frames: int, market_ms: int) -> Fault | None:
-        """The fault of these kinds that is to happen now; at most one, in the order of the plan."""
+    def due(self, kinds: AbstractSet[FaultType], frames: int, market_ms: int) -> Fault | None:
+        """The first fault of the plan, among these types, that happens now."""
         for fault in self._plan:
             if fault.kind not in kinds:
                 continue
@@ -147,82 +147,83 @@ class Faults:
         return None
 
     def sample(self, earlier: Sequence[T], count: int) -> list[T]:
-        """So many of them at random, or as many as there are."""
+        """A random sample of this size, or of all there are if fewer."""
         return self._random.sample(earlier, min(count, len(earlier)))
 
-    def spoil(self, kind: Kind, aggregates: list[bytes], earlier: list[bytes]) -> list[Frame]:
-        """The frames to send instead of a plain one of the aggregates. earlier: what a late bar may be."""
-        whole = plain_frame(aggregates)
-        victim = self._random.choice(aggregates)
+    def outgoing_frames(self, kind: FaultType, aggregates: list[bytes], late: list[bytes]) -> list[OutgoingFrame]:
+        """The frames to send in place of a plain frame of the aggregates. late: aggregates that LATE sends again."""
+        plain = plain_frame(aggregates)
+        sample = self._random.choice(aggregates)
         match kind:
-            case Kind.LATE:
-                return [plain_frame([*aggregates, *earlier])]
-            case Kind.DUPLICATE:
-                return [whole, whole]
-            case Kind.UNKNOWN_KIND:
-                other = self._random.choice(_UNKNOWN)
-                return [Frame(self._join(aggregates, other), aggregates, other=[other])]
-            case Kind.BAD_EVENT:
-                bad = self._random.choice(_BAD)(json.loads(victim))
-                return [Frame(self._join(aggregates, bad), aggregates, bad=[bad])]
-            case Kind.NOT_A_NUMBER:
-                return [_refused(self._join(aggregates, _edited(json.loads(victim), c=math.nan)))]
-            case Kind.TRUNCATED_JSON:
-                return [_refused(whole.payload[: self._random.randrange(1, len(whole.payload))])]
-            case Kind.BROKEN_OBJECT:
-                return [whole, _refused(victim[: self._random.randrange(1, len(victim))])]
-            case Kind.DEEP_NESTING:
-                return [whole, _refused(b'{"ev":"AM","x":%b%b}' % (b"[" * _DEEP, b"]" * _DEEP))]
-            case Kind.TEXT_GARBAGE:
-                return [whole, _refused("<html>503 – try again".encode() + b"\xff\x00" + self._random.randbytes(20))]
-            case Kind.BINARY_GARBAGE:
-                # The first byte begins no JSON value, whatever comes after it.
-                return [whole, _refused(b"\x80" + self._random.randbytes(200))._replace(text=False)]
+            case FaultType.LATE:
+                return [plain_frame([*aggregates, *late])]
+            case FaultType.DUPLICATE:
+                return [plain, plain]
+            case FaultType.UNKNOWN_KIND:
+                other = self._random.choice(_UNKNOWN_EVENTS)
+                return [OutgoingFrame(self._insert(aggregates, other), aggregates, other=[other])]
+            case FaultType.BAD_EVENT:
+                bad = self._random.choice(_MAKE_BAD_EVENT)(json.loads(sample))
+                return [OutgoingFrame(self._insert(aggregates, bad), aggregates, bad=[bad])]
+            case FaultType.NOT_A_NUMBER:
+                return [_bad_frame(self._insert(aggregates, _changed(json.loads(sample), c=math.nan)))]
+            case FaultType.TRUNCATED_JSON:
+                return [_bad_frame(plain.payload[: self._random.randrange(1, len(plain.payload))])]
+            case FaultType.BROKEN_OBJECT:
+                return [plain, _bad_frame(sample[: self._random.randrange(1, len(sample))])]
+            case FaultType.DEEP_NESTING:
+                nested = b"[" * _NESTING_DEPTH + b"]" * _NESTING_DEPTH
+                return [plain, _bad_frame(b'{"ev":"AM","x":%b}' % nested)]
+            case FaultType.TEXT_GARBAGE:
+                return [plain, _bad_frame("<html>503 – try again".encode() + b"\xff\x00" + self._random.randbytes(20))]
+            case FaultType.BINARY_GARBAGE:
+                # The first byte, 0x80, cannot start a JSON value, so this is never valid JSON by chance.
+                return [plain, _bad_frame(b"\x80" + self._random.randbytes(200))._replace(text=False)]
             case _:
-                return [whole]
+                return [plain]
 
-    def _join(self, aggregates: list[bytes], other: bytes) -> bytes:
-        """A frame with one more event somewhere in it."""
+    def _insert(self, aggregates: list[bytes], other: bytes) -> bytes:
+        """A frame's payload with one more event at a random position."""
         events = list(aggregates)
         events.insert(self._random.randint(0, len(events)), other)
         return _array(events)
 
 
-def plain_frame(aggregates: list[bytes]) -> Frame:
-    """A frame as it should be, of aggregates that are one JSON object each."""
-    return Frame(_array(aggregates), aggregates)
+def plain_frame(aggregates: list[bytes]) -> OutgoingFrame:
+    """A frame without any fault, from aggregates that are one JSON object each."""
+    return OutgoingFrame(_array(aggregates), aggregates)
 
 
 def _array(events: list[bytes]) -> bytes:
     return b"[" + b",".join(events) + b"]"
 
 
-def _refused(payload: bytes) -> Frame:
-    return Frame(payload, bad=[payload])
+def _bad_frame(payload: bytes) -> OutgoingFrame:
+    return OutgoingFrame(payload, bad=[payload])
 
 
-_UNKNOWN = (
+_UNKNOWN_EVENTS = (
     b'{"ev":"LULD","T":"AAPL","h":231.5,"l":209.4,"i":[0],"z":3,"t":1769437800000,"q":7}',
     b'{"ev":"T","sym":"AAPL","x":4,"p":230.1,"s":100,"t":1769437800000,"q":7}',
     b'{"ev":"am","sym":"AAPL"}',
 )
 
 
-def _edited(event: dict[str, Any], **fields: Any) -> bytes:
+def _changed(event: dict[str, Any], **fields: Any) -> bytes:
     return json.dumps(event | fields, separators=(",", ":")).encode()
 
 
-# Each makes one bad event out of a good aggregate.
-_BAD: tuple[Callable[[dict[str, Any]], bytes], ...] = (
-    lambda event: _edited({name: value for name, value in event.items() if name != "h"}),
-    lambda event: _edited(event, sym="A/../B"),
-    lambda event: _edited(event, sym=""),
-    lambda event: _edited(event, sym=7),
-    lambda event: _edited(event, s=event["s"] + 0.5),
-    lambda event: _edited(event, s=0),
-    lambda event: _edited(event, o="1.5"),
-    lambda event: _edited(event, dv="many"),
-    lambda event: _edited(event, c=math.inf).replace(b"Infinity", b"1e400"),
+# Each turns a valid aggregate into one bad event.
+_MAKE_BAD_EVENT: tuple[Callable[[dict[str, Any]], bytes], ...] = (
+    lambda event: _changed({name: value for name, value in event.items() if name != "h"}),
+    lambda event: _changed(event, sym="A/../B"),
+    lambda event: _changed(event, sym=""),
+    lambda event: _changed(event, sym=7),
+    lambda event: _changed(event, s=event["s"] + 0.5),
+    lambda event: _changed(event, s=0),
+    lambda event: _changed(event, o="1.5"),
+    lambda event: _changed(event, dv="many"),
+    lambda event: _changed(event, c=math.inf).replace(b"Infinity", b"1e400"),
     lambda event: b'{"ev":"AM"}',
     lambda event: b'{"ev":"status"}',
     lambda event: b'{"sym":"AAPL"}',
@@ -230,49 +231,50 @@ _BAD: tuple[Callable[[dict[str, Any]], bytes], ...] = (
 )
 
 
-# What can be done to a socket. Each leaves it to the exchange to send nothing more.
+# Ways to break a connection. After each of them, the exchange must send nothing more.
 
 
 def drop(socket: ServerConnection) -> None:
-    """End the sending side in TCP's orderly way, behind everything sent, without a WebSocket close frame."""
+    """Shut down the sending side of TCP, after everything already sent, without a WebSocket close frame."""
     socket.transport.write_eof()
-    mute(socket)
+    discard_writes(socket)
 
 
 def reset(socket: ServerConnection) -> None:
-    """Tear the connection down with a TCP reset."""
+    """Reset the TCP connection."""
     raw = socket.transport.get_extra_info("socket")
     raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
     socket.transport.abort()
 
 
-def cut(socket: ServerConnection, payload: bytes) -> None:
-    """Send half of a frame, then drop."""
+def send_truncated(socket: ServerConnection, payload: bytes) -> None:
+    """Send half of a frame, then drop the connection."""
     frame = WireFrame(Opcode.TEXT, payload).serialize(mask=False)
     socket.transport.write(frame[: len(frame) // 2])
     drop(socket)
 
 
-def announce_huge(socket: ServerConnection) -> None:
-    """Send the head of a huge frame, and one byte of it."""
+def announce_huge_frame(socket: ServerConnection) -> None:
+    """Send the header of a huge frame and one byte of its payload."""
     socket.transport.write(struct.pack("!BBQ", 0x80 | Opcode.TEXT, 127, _HUGE_BYTES) + b"[")
 
 
-def mute(socket: ServerConnection) -> None:
-    """Let nothing out any more, answers to pings included; what the client sends is still read."""
-    socket.transport = cast(asyncio.Transport, _Muted(socket.transport))
+def discard_writes(socket: ServerConnection) -> None:
+    """Send nothing any more, not even answers to pings. What the client sends is still read."""
+    socket.transport = cast(asyncio.Transport, _WriteDiscardingTransport(socket.transport))
 
 
-def unmute(socket: ServerConnection) -> None:
-    """Undo mute."""
-    if isinstance(socket.transport, _Muted):
+def restore_writes(socket: ServerConnection) -> None:
+    """Undo discard_writes."""
+    if isinstance(socket.transport, _WriteDiscardingTransport):
         socket.transport = socket.transport.transport
 
 
-class _Muted:
-    """A transport that swallows what is written.
+class _WriteDiscardingTransport:
+    """A transport that discards what is written.
 
-    Not paused reading, which the library undoes by itself, and which would hide that the client has gone.
+    Pausing reading would not do: the library resumes it by itself, and the exchange would not notice that the client
+    has disconnected.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:

@@ -1,7 +1,7 @@
-"""What a feed hands to the exchange, and how an aggregate is spelt on the wire.
+"""The events that a feed gives to the exchange, and the JSON encoding of an aggregate.
 
-Belongs here: the event, leaving some out, and the vendor's names and order of fields. Does not belong here: where
-events come from (synthetic, replay) and how they travel (exchange).
+Belongs here: the event, a filter for feeds, and the vendor's field names and their order. Does not belong here: making
+events (synthetic, replay) and sending them (exchange).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from polygon_pipeline.market.bars import Channel
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """One aggregate, encoded once for however many connections will get it.
+    """One aggregate, encoded only once for all connections it is sent to.
 
     emit_ms: when the vendor would send it, in Unix ms of market time. payload: one JSON object. A feed is any
     iterable of these, in the order of emit_ms.
@@ -37,7 +37,7 @@ class _Start(msgspec.Struct):
 
 
 class Omitting:
-    """A feed without the events that `omit` picks: what nobody gets although everybody is connected.
+    """A feed without the events for which `omit` is true: the vendor fails to send them to any client.
 
     Omitting(feed, lambda event: (event.ticker, event.start_ms) in lost)
     """
@@ -50,7 +50,7 @@ class Omitting:
 
 
 class Aggregate(msgspec.Struct, gc=False):
-    """One `A` or `AM` event. What is UNSET is absent from the wire. Times in Unix ms, volumes in shares."""
+    """One `A` or `AM` event. Fields that are UNSET are left out of the JSON. Times in Unix ms, volumes in shares."""
 
     ev: str
     sym: str
@@ -75,12 +75,12 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(aggregates: Iterable[Aggregate]) -> list[bytes]:
-    """Each aggregate as compact JSON. Whole prices lose their `.0`, as they do on the vendor's wire."""
+    """Each aggregate as compact JSON. Like the vendor's JSON, whole prices have no `.0`."""
     lines = _encoder.encode_lines(list(aggregates))
-    # `.0,` ends a number and nothing else: a ticker or decimal string is followed by its closing quote.
+    # Only a number can end with `.0,`: in a ticker or decimal string, a closing quote comes before the comma.
     return lines.replace(b".0,", b",").splitlines()
 
 
 def window_ms(channel: Channel) -> int:
-    """How long the channel's window is, in ms."""
+    """The length of the channel's window in ms."""
     return 60_000 if channel is Channel.MINUTE else 1_000

@@ -1,6 +1,7 @@
-"""Feeds of what was recorded: bars from a CSV file, and frames from an archive of the lake's raw-frames.
+"""Feeds from recordings: bars from a CSV file, or frames from the lake's raw-frames archives.
 
-Belongs here: turning recordings into events. Does not belong here: writing recordings (lake), pacing (exchange).
+Belongs here: turning recordings into events. Does not belong here: writing recordings (lake) and the timing of sending
+(exchange).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _COLUMNS = {
 
 
 def replay(paths: Iterable[Path]) -> Iterator[Event]:
-    """The files' events one file after the other: `.csv` holds bars, anything else raw frames."""
+    """The events of all files, one file after the other: `.csv` files hold bars, all others raw frames."""
     for path in paths:
         yield from CsvFeed(path) if path.suffix == ".csv" else FramesFeed([path])
 
@@ -36,9 +37,9 @@ def replay(paths: Iterable[Path]) -> Iterator[Event]:
 class CsvFeed:
     """Bars from a CSV file with the columns ticker, start_ms (Unix ms), open, high, low, close and volume.
 
-    Further columns are ignored; days and tickers may come in any order. A bar is sent as its window ends, with the
-    day's volume added up from the file and without the fields nobody recorded. ValueError if a column is missing or
-    a value is missing or no number.
+    Other columns are ignored; the rows may be in any order. A bar is sent when its window ends. The day's volume is
+    computed from the file, and fields that the file does not have are left out. ValueError if a column or a value is
+    missing, or a value is not a number.
     """
 
     def __init__(self, path: Path, channel: Channel = Channel.MINUTE) -> None:
@@ -52,22 +53,22 @@ class CsvFeed:
             raise ValueError(f"{self.path} is not a CSV file of bars ({', '.join(_COLUMNS)}): {error}") from error
         if any(column.null_count for column in table.columns):
             raise ValueError(f"{self.path} has bars with empty fields")
-        traded: dict[tuple[str, date], float] = {}
+        day_volumes: dict[tuple[str, date], float] = {}
         for batch in table.sort_by("start_ms").to_batches(max_chunksize=10_000):
             rows = batch.to_pylist()
-            aggregates = [self._aggregate(row, traded) for row in rows]
+            aggregates = [self._aggregate(row, day_volumes) for row in rows]
             for aggregate, payload in zip(aggregates, encode(aggregates), strict=True):
                 yield Event(aggregate.end_ms, self.channel, aggregate.sym, payload)
 
-    def _aggregate(self, row: dict[str, Any], traded: dict[tuple[str, date], float]) -> Aggregate:
+    def _aggregate(self, row: dict[str, Any], day_volumes: dict[tuple[str, date], float]) -> Aggregate:
         start_ms = row["start_ms"]
-        key = row["ticker"], calendar.session_date(start_ms)
-        traded[key] = traded.get(key, 0.0) + row["volume"]
+        key = row["ticker"], calendar.trade_date(start_ms)
+        day_volumes[key] = day_volumes.get(key, 0.0) + row["volume"]
         return Aggregate(
             ev=self.channel.value,
             sym=row["ticker"],
             volume=shares(row["volume"]),
-            day_volume=shares(traded[key]),
+            day_volume=shares(day_volumes[key]),
             day_open=UNSET,
             vwap=UNSET,
             open=row["open"],
@@ -86,16 +87,16 @@ class _Line(msgspec.Struct):
     frame: msgspec.Raw = msgspec.Raw()
 
 
-class _Head(msgspec.Struct):
+class _EventHeader(msgspec.Struct):
     ev: Channel
     sym: str
 
 
 class FramesFeed:
-    """The aggregates of raw-frames archives (`.jsonl` or `.jsonl.zst`), verbatim, as and when they were received.
+    """The aggregates of raw-frames archives (`.jsonl` or `.jsonl.zst`), verbatim, at the times they were received.
 
-    Each line is `{"received_at": "…Z", "frame": <JSON array or object>}`; a line without a frame, and every event that
-    is no aggregate, is passed over. ValueError names the file and line that cannot be read.
+    Each line is `{"received_at": "…Z", "frame": <JSON array or object>}`. Lines without a frame and events that
+    are not aggregates are skipped. ValueError names the file and line that cannot be read.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -106,13 +107,13 @@ class FramesFeed:
         for path in self.paths:
             for number, line in _lines(path):
                 try:
-                    received, events = _read(line)
+                    received, events = _read_line(line)
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
-                # A clock that was set back while recording must not turn the order round.
+                # The order stays the same even if the clock was set back while recording.
                 emit_ms = max(emit_ms, received)
-                for head, payload in events:
-                    yield Event(emit_ms, head.ev, head.sym, payload)
+                for header, payload in events:
+                    yield Event(emit_ms, header.ev, header.sym, payload)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -123,8 +124,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _read(line: bytes) -> tuple[int, list[tuple[_Head, bytes]]]:
-    """When the line's frame was received (Unix ms) and its aggregates. msgspec's errors are ValueErrors."""
+def _read_line(line: bytes) -> tuple[int, list[tuple[_EventHeader, bytes]]]:
+    """The time the line's frame was received (Unix ms), and its aggregates. msgspec's errors are ValueErrors."""
     recorded = msgspec.json.decode(line, type=_Line)
     frame = bytes(recorded.frame)
     if not frame:
@@ -135,7 +136,7 @@ def _read(line: bytes) -> tuple[int, list[tuple[_Head, bytes]]]:
     events = []
     for element in map(bytes, elements):
         try:
-            events.append((msgspec.json.decode(element, type=_Head), element))
+            events.append((msgspec.json.decode(element, type=_EventHeader), element))
         except msgspec.ValidationError:
-            continue  # a status, or something that is no aggregate
+            continue  # a status, or something else that is not an aggregate
     return int(recorded.received_at.timestamp() * 1000), events

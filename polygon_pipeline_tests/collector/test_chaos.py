@@ -22,17 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from polygon_pipeline.collector.account import Ledger, decode_ledger
 from polygon_pipeline.collector.collector import Collector, Plan, Progress
+from polygon_pipeline.datasets.inputs import normalize_day
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.raw import normalize_day
+from polygon_pipeline.lake.ledger import Ledger, decode_ledger
 from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon import stream
 from polygon_pipeline.polygon.stream import Backoff, StreamRefused
 from polygon_pipeline.simulator import exchange as exchange_module
 from polygon_pipeline.simulator.exchange import Exchange, Served
-from polygon_pipeline.simulator.faults import AT_AUTHENTICATION, Fault, Faults, Frame, Kind
+from polygon_pipeline.simulator.faults import AT_AUTHENTICATION, Fault, Faults, FaultType, OutgoingFrame
 from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 
@@ -42,20 +42,20 @@ NEW_YORK = ZoneInfo("America/New_York")
 
 # What ends a connection, and what its gap must give as the cause.
 CAUSES = {
-    Kind.DROP: "the connection was lost",
-    Kind.RESET: "the connection was lost",
-    Kind.TRUNCATED_FRAME: "the connection was lost",
-    Kind.CLOSE: "code 1001: going away",
-    Kind.SLOW_CONSUMER: "the server said slow_consumer",
-    Kind.FORCE_DISCONNECT: "the server said force_disconnect",
-    Kind.MAX_CONNECTIONS: "the server said max_connections",
-    Kind.STALL: "answered no ping",
-    Kind.SILENCE: "no bar came",
-    Kind.HUGE_FRAME: "announced a frame of 67108864 bytes",
+    FaultType.DROP: "the connection was lost",
+    FaultType.RESET: "the connection was lost",
+    FaultType.TRUNCATED_FRAME: "the connection was lost",
+    FaultType.CLOSE: "code 1001: going away",
+    FaultType.SLOW_CONSUMER: "the server said slow_consumer",
+    FaultType.FORCE_DISCONNECT: "the server said force_disconnect",
+    FaultType.MAX_CONNECTIONS: "the server said max_connections",
+    FaultType.STALL: "answered no ping",
+    FaultType.SILENCE: "no bar came",
+    FaultType.HUGE_FRAME: "announced a frame of 67108864 bytes",
 }
 # These take the client seconds to notice, so each comes once; the others at random as well.
-SLOW = (Kind.STALL, Kind.SILENCE)
-RANDOM = sorted(set(Kind) - AT_AUTHENTICATION - {*SLOW})
+SLOW = (FaultType.STALL, FaultType.SILENCE)
+RANDOM = sorted(set(FaultType) - AT_AUTHENTICATION - {*SLOW})
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_session_in_which_everything_goes_wrong_loses_nothing_that_arrived(
     seed: int, feed: list[Event], tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     chance = random.Random(seed)
-    appointed = [*SLOW, *RANDOM, Kind.AUTH_TIMEOUT]
+    appointed = [*SLOW, *RANDOM, FaultType.AUTH_TIMEOUT]
     faults = Faults(
         [Fault(kind, after_frames=chance.randrange(50, 400)) for kind in appointed]
         + [Fault(kind, rate=0.01) for kind in RANDOM],
@@ -110,7 +110,7 @@ def test_a_market_that_waits_for_nobody_leaves_gaps_with_their_causes_and_loses_
 
 
 def test_a_refused_key_ends_the_run_at_once_and_what_came_before_it_is_kept(feed: list[Event], tmp_path: Path) -> None:
-    faults = Faults([Fault(Kind.DROP, after_frames=20), Fault(Kind.AUTH_FAILED, after_frames=20)])
+    faults = Faults([Fault(FaultType.DROP, after_frames=20), Fault(FaultType.AUTH_FAILED, after_frames=20)])
     session = collect(feed, faults, tmp_path)
     assert isinstance(session.failure, StreamRefused)
     assert len(session.exchange.served) == 1
@@ -118,8 +118,8 @@ def test_a_refused_key_ends_the_run_at_once_and_what_came_before_it_is_kept(feed
     holds(session)
 
 
-@pytest.mark.parametrize("kind", [Kind.BROKEN_OBJECT, Kind.DEEP_NESTING])
-def test_a_frame_that_is_nonsense_ends_no_run(kind: Kind, feed: list[Event], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [FaultType.BROKEN_OBJECT, FaultType.DEEP_NESTING])
+def test_a_frame_that_is_nonsense_ends_no_run(kind: FaultType, feed: list[Event], tmp_path: Path) -> None:
     session = collect(feed[:200], Faults([Fault(kind, after_frames=3)]), tmp_path)
     assert session.failure is None
     holds(session)
@@ -134,7 +134,7 @@ class Session:
     ledger: Ledger
     folder: Path
     failure: Exception | None = None
-    arrived: list[Frame] = field(default_factory=list)
+    arrived: list[OutgoingFrame] = field(default_factory=list)
 
 
 def collect(feed: list[Event], faults: Faults, folder: Path, speed: float = 0) -> Session:
@@ -348,10 +348,10 @@ def _lines(lake: Lake, prefix: str) -> Iterator[_Line]:
                 yield msgspec.json.decode(line, type=_Line)
 
 
-def _match(received: list[Receipt], served: list[Served]) -> list[Frame]:
+def _match(received: list[Receipt], served: list[Served]) -> list[OutgoingFrame]:
     """The frames sent that were received. Fails unless they are the beginning of each connection's, in order,
     everything acknowledged among them, and nothing was received that was not sent."""
-    arrived: list[Frame] = []
+    arrived: list[OutgoingFrame] = []
     for connection in served:
         for number, frame in enumerate(connection.frames):
             sent = Counter([*frame.bars, *frame.other]), Counter(frame.bad)

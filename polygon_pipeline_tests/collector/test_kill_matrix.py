@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pyarrow as pa
 
-from polygon_pipeline.collector.account import decode_ledger
-from polygon_pipeline.collector.journal import Kind, leftovers
+from polygon_pipeline.collector.journal import RecordType, leftovers
+from polygon_pipeline.lake.ledger import decode_ledger
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel, iso_seconds
-from polygon_pipeline.market.calendar import session_date
+from polygon_pipeline.market.calendar import trade_date
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.feed import Event
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -171,7 +171,7 @@ class _Matrix:
             for number in journal.numbers():
                 end, _ = journal.end_of(number)
                 records = journal.read(number, 0, end)
-                self.seen |= {(r.received_at, r.payload) for r in records if r.kind is Kind.FRAME}
+                self.seen |= {(r.received_at, r.payload) for r in records if r.kind is RecordType.FRAME}
             journal.release()
         shutil.rmtree(copy)
         self.published |= set(self.lake.keys("raw-frames"))
@@ -198,7 +198,7 @@ class _Matrix:
             for event in json.loads(payload):
                 if event["ev"] == "AM":
                     bars += 1
-                    day = session_date(event["s"])
+                    day = trade_date(event["s"])
                     key = f"raw-data/{day}/{event['sym']}/{iso_seconds(event['s'])}.json"
                     latest[key] = max(latest.get(key, (received_at, event)), (received_at, event), key=lambda x: x[0])
         content: dict[str, bytes] = {}

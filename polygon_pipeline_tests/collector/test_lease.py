@@ -16,33 +16,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polygon_pipeline import demo
 from polygon_pipeline.collector import launching
 from polygon_pipeline.collector.launching import (
-    DEMO_SESSIONS,
     Outcome,
     PastRun,
     Start,
     Wait,
-    cause_of_death,
-    decide_demo,
     decide_live,
+    why_lost,
 )
 from polygon_pipeline.collector.lease import (
     CLOCK_TOLERANCE,
     TTL,
+    CollectorStatus,
     Holding,
     Lease,
     LeaseHeld,
     LeaseLost,
-    Status,
     read_lease,
     this_machine,
 )
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake, S3Access, open_lake
 from polygon_pipeline.market.calendar import completed_sessions, session
-from polygon_pipeline_tests.faulty_s3 import Fault, FaultyS3
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.faulty_s3 import Fault, FaultyS3
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 _SECOND = timedelta(seconds=1)
 
@@ -93,7 +92,7 @@ def test_a_lake_without_a_lease_is_taken_at_once_and_shows_its_holder(lake: Lake
     assert read_lease(lake) is None
     with _acquired(lake, "run-1") as lease:
         last_bar = datetime(2026, 1, 26, 15, tzinfo=UTC)
-        status = Status(True, 12, 3.5, last_bar, 4096, 1.5, 2, "the lake is slow")
+        status = CollectorStatus(True, 12, 3.5, last_bar, 4096, 1.5, 2, "the lake is slow")
         lease.renew(status)
         shown = read_lease(lake)
         assert shown
@@ -112,9 +111,9 @@ def test_a_holder_that_renews_excludes_the_next_which_is_told_who_it_is(lake: La
     with _acquired(lake, "run-1") as first:
         second = _lease(lake, "run-2")
         with pytest.raises(LeaseHeld, match=rf"run run-1 on .*\(process {os.getpid()}\)"):
-            second.acquire(lambda _: first.renew(Status()))
+            second.acquire(lambda _: first.renew(CollectorStatus()))
         assert _holder(lake) == "run-1"
-        first.renew(Status(bars=1))
+        first.renew(CollectorStatus(bars=1))
     assert _holder(lake) is None
 
 
@@ -131,10 +130,10 @@ def test_a_lease_that_ran_out_is_taken_over_and_its_holder_told(s3_lake: Lake) -
         with _acquired(s3_lake, "run-2") as second:
             assert _holder(s3_lake) == "run-2"
             with pytest.raises(LeaseLost, match="run run-2"):
-                first.renew(Status())
+                first.renew(CollectorStatus())
             first.release()  # gives up nothing that is another's
             assert _holder(s3_lake) == "run-2"
-            second.renew(Status())
+            second.renew(CollectorStatus())
 
 
 def test_a_lease_is_waited_for_until_every_clock_agrees_that_it_ran_out(s3_lake: Lake) -> None:
@@ -232,7 +231,7 @@ def test_of_many_that_race_for_a_lease_exactly_one_wins(lake: Lake, before: str)
         assert len(won) == 1
         assert len(lost) == len(leases) - 1
         assert _holder(lake) == won[0]
-        leases[won[0]].renew(Status(bars=1))
+        leases[won[0]].renew(CollectorStatus(bars=1))
         leases[won[0]].release()
 
 
@@ -255,10 +254,10 @@ def test_a_renewal_that_fails_or_whose_response_is_lost_is_no_loss(seaweedfs: Se
         for bars in range(1, 4):
             proxy.order(fault, 1, "PUT", layout.LEASE_KEY)
             with contextlib.suppress(*STORE_ERRORS):
-                lease.renew(Status(bars=bars))
+                lease.renew(CollectorStatus(bars=bars))
         assert proxy.counts[fault] == 3
-        lease.renew(Status())  # perhaps only finds out that it still has it
-        lease.renew(Status(bars=99))
+        lease.renew(CollectorStatus())  # perhaps only finds out that it still has it
+        lease.renew(CollectorStatus(bars=99))
         shown = read_lease(lake)
         assert shown
         assert (shown.run, shown.status.bars) == ("run-1", 99)
@@ -275,10 +274,10 @@ def test_a_lease_that_was_taken_over_during_an_outage_is_lost_whatever_response_
         first.acquire(_refuse_to_wait)
         proxy.order(Fault.LOST_RESPONSE, 1, "PUT", layout.LEASE_KEY)
         with contextlib.suppress(*STORE_ERRORS):
-            first.renew(Status())
+            first.renew(CollectorStatus())
         _put(lake, _holding("run-2"))
         with pytest.raises(LeaseLost, match="run run-2"):
-            first.renew(Status())
+            first.renew(CollectorStatus())
 
 
 def test_a_lease_is_released_though_the_response_to_its_last_renewal_was_lost(seaweedfs: SeaweedFS) -> None:
@@ -288,7 +287,7 @@ def test_a_lease_is_released_though_the_response_to_its_last_renewal_was_lost(se
         lease.acquire(_refuse_to_wait)
         proxy.order(Fault.LOST_RESPONSE, 1, "PUT", layout.LEASE_KEY)
         with contextlib.suppress(*STORE_ERRORS):
-            lease.renew(Status())
+            lease.renew(CollectorStatus())
         lease.release()
         assert _holder(lake) is None
 
@@ -330,14 +329,14 @@ def test_a_run_is_dead_when_its_lease_ran_out_or_it_has_been_without_one_for_min
     renewed_at, expires_at = _NOW + expires - TTL, _NOW + expires
     owner = "me" if mine else "another"
     holding = Holding("run", owner, "elsewhere/boot", 1, renewed_at, expires_at, released=released)
-    cause = cause_of_death(_NOW, "me", _NOW + started, holding)
+    cause = why_lost(_NOW, "me", _NOW + started, holding)
     if mine and not released:
         assert (cause is not None) == (expires_at + CLOCK_TOLERANCE < _NOW)
     elif mine:
         assert (cause is not None) == (renewed_at + _MINUTES < _NOW)
     else:
         assert (cause is not None) == (_NOW + started + _MINUTES < _NOW)
-        assert cause == cause_of_death(_NOW, "me", _NOW + started, None)
+        assert cause == why_lost(_NOW, "me", _NOW + started, None)
 
 
 def test_a_run_whose_process_is_gone_from_this_machine_is_dead_at_once() -> None:
@@ -345,15 +344,15 @@ def test_a_run_whose_process_is_gone_from_this_machine_is_dead_at_once() -> None
     gone.wait()
     now = datetime.now(UTC)
     holding = _holding("run-1", this_machine(), gone.pid)
-    assert "is dead" in (cause_of_death(now, "owner of run-1", now, holding) or "")
+    assert "is free" in (why_lost(now, "owner of run-1", now, holding) or "")
     alive = _holding("run-1", this_machine(), os.getpid())
-    assert cause_of_death(now, "owner of run-1", now - timedelta(days=1), alive) is None
+    assert why_lost(now, "owner of run-1", now - timedelta(days=1), alive) is None
 
 
 def test_a_run_that_lives_on_this_machine_is_not_dead_because_the_lake_was_down_for_minutes() -> None:
     holding = _holding("run-1", this_machine(), os.getpid(), expires_in=-timedelta(minutes=5))
     now = datetime.now(UTC)
-    assert cause_of_death(now, "owner of run-1", now - timedelta(hours=1), holding) is None
+    assert why_lost(now, "owner of run-1", now - timedelta(hours=1), holding) is None
 
 
 # Who is started
@@ -382,12 +381,12 @@ def _histories(draw: st.DrawFn, now: datetime, days: list[date], active: bool) -
 _DAYS = [_DAY, _DAY - timedelta(days=3), _DAY + timedelta(days=1)]
 
 
-@given(data=st.data(), now=_moments, loaded_at=_moments, demo=st.booleans())
+@given(data=st.data(), now=_moments, loaded_at=_moments, is_demo=st.booleans())
 def test_nothing_is_ever_started_beside_an_active_run(
-    data: st.DataObject, now: datetime, loaded_at: datetime, demo: bool
+    data: st.DataObject, now: datetime, loaded_at: datetime, is_demo: bool
 ) -> None:
     runs = data.draw(_histories(now, [*_DAYS, *completed_sessions(now, 2)], active=True))
-    decision = (decide_demo if demo else decide_live)(now, loaded_at, runs)
+    decision = (demo.decide if is_demo else decide_live)(now, loaded_at, runs)
     assert isinstance(decision, Wait)
 
 
@@ -452,8 +451,8 @@ def test_a_run_that_keeps_failing_is_started_again_with_rising_numbers_and_pause
 def test_the_demo_plays_its_sessions_one_after_another_and_rests(data: st.DataObject, now: datetime) -> None:
     runs: list[PastRun] = []
     played = []
-    for _ in range(4 * DEMO_SESSIONS):
-        decision = decide_demo(now, now, runs)
+    for _ in range(4 * demo.SESSIONS):
+        decision = demo.decide(now, now, runs)
         if isinstance(decision, Wait):
             break
         assert decision.attempt == 1 + sum(run.session_date == decision.session_date for run in runs)
@@ -463,7 +462,7 @@ def test_the_demo_plays_its_sessions_one_after_another_and_rests(data: st.DataOb
         runs.insert(0, PastRun(decision.session_date, outcome, now))
         if outcome in (Outcome.SUCCEEDED, Outcome.STOPPED):
             played.append(decision.session_date)
-    assert played == completed_sessions(now, DEMO_SESSIONS)
+    assert played == completed_sessions(now, demo.SESSIONS)
     assert isinstance(decision, Wait)
     assert "are played" in decision.reason
 

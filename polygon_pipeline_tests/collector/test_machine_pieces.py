@@ -35,14 +35,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from obstore.exceptions import GenericError
 
 from polygon_pipeline.collector import journal as journal_module
-from polygon_pipeline.collector.account import Ledger, decode_ledger
 from polygon_pipeline.collector.collector import Collector, Plan
-from polygon_pipeline.collector.journal import Journal, JournalError, JournalHeader, Kind, LeftoverJournal, leftovers
+from polygon_pipeline.collector.journal import (
+    Journal,
+    JournalError,
+    JournalHeader,
+    LeftoverJournal,
+    RecordType,
+    leftovers,
+)
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.ledger import Ledger, decode_ledger
 from polygon_pipeline.lake.store import STORE_ERRORS, Lake, S3Access, open_lake
 from polygon_pipeline.market.bars import Channel, iso_seconds
-from polygon_pipeline.market.calendar import session_date
+from polygon_pipeline.market.calendar import trade_date
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
 from polygon_pipeline.simulator.exchange import Exchange
 
@@ -206,7 +213,7 @@ _garbage = st.sampled_from([b"", b"\xff\xfe", b"not JSON", b'[{"ev":"AM","sym":"
 class _Sent:
     """A record as it was appended: payload, and where it lies. parts: a frame's events; None: not JSON."""
 
-    kind: Kind
+    kind: RecordType
     payload: bytes
     parts: list[Any] | None
     run: str
@@ -251,7 +258,7 @@ class _Collecting(RuleBasedStateMachine):
         self.journal = Journal(self.root, self.header, segment_bytes=700)
         self.publisher = Publisher(self.lake, self.journal, self.header, batch_bytes=400)
 
-    def append(self, kind: Kind, payload: bytes, parts: list[Any] | None) -> None:
+    def append(self, kind: RecordType, payload: bytes, parts: list[Any] | None) -> None:
         number = max(self.journal.numbers())
         self.journal.append(kind, payload)
         end = self.journal.path(number).stat().st_size
@@ -272,17 +279,17 @@ class _Collecting(RuleBasedStateMachine):
     def receive(self, events: list[Any]) -> None:
         self.serial += 1
         events = [{**event, "serial": self.serial} if isinstance(event, dict) else event for event in events]
-        self.append(Kind.FRAME, json.dumps(events).encode() + b" " * self.serial, events)
+        self.append(RecordType.FRAME, json.dumps(events).encode() + b" " * self.serial, events)
 
     @rule(garbage=_garbage)
     def receive_garbage(self, garbage: bytes) -> None:
         self.serial += 1
-        self.append(Kind.FRAME, garbage + b" garbage %d" % self.serial, None)
+        self.append(RecordType.FRAME, garbage + b" garbage %d" % self.serial, None)
 
     @rule(kind=st.sampled_from([EventKind.SUBSCRIBED, EventKind.DISCONNECTED, EventKind.WARNED]))
     def notice_a_change_of_the_connection(self, kind: EventKind) -> None:
         self.serial += 1
-        self.append(Kind.EVENT, msgspec.json.encode(ConnectionEvent(kind, f"number {self.serial}")), None)
+        self.append(RecordType.EVENT, msgspec.json.encode(ConnectionEvent(kind, f"number {self.serial}")), None)
 
     @rule()
     def rotate(self) -> None:
@@ -441,7 +448,7 @@ class _Collecting(RuleBasedStateMachine):
         bars: Counter[str] = Counter()
         objects: dict[tuple[Channel, date], set[str]] = defaultdict(set)
         for sent in self.sent:
-            if sent.kind is Kind.EVENT:
+            if sent.kind is RecordType.EVENT:
                 lines[_DAY].append(sent.payload)
                 continue
             if sent.parts is None:
@@ -449,7 +456,7 @@ class _Collecting(RuleBasedStateMachine):
             days = set()
             for part in sent.parts:
                 if isinstance(part, dict) and "o" in part:
-                    channel, day = Channel(part["ev"]), session_date(part["s"])
+                    channel, day = Channel(part["ev"]), trade_date(part["s"])
                     days.add(day)
                     bars[sent.run] += 1
                     key = f"{layout.raw_prefix(channel, day)}{part['sym']}/{iso_seconds(part['s'])}.json"
@@ -462,7 +469,7 @@ class _Collecting(RuleBasedStateMachine):
     def check_accounts(self, ledgers: dict[str, Ledger], bars: Counter[str]) -> None:
         for run, ledger in ledgers.items():
             mine = [sent for sent in self.sent if sent.run == run]
-            frames = [sent for sent in mine if sent.kind is Kind.FRAME]
+            frames = [sent for sent in mine if sent.kind is RecordType.FRAME]
             parts = [part for sent in frames for part in sent.parts or ()]
             refused = sum(sent.parts is None for sent in frames) + sum(_is_refused(part) for part in parts)
             account = ledger.account
@@ -470,7 +477,7 @@ class _Collecting(RuleBasedStateMachine):
             assert account.bars == bars[run]
             assert account.quarantined == refused
             assert account.events == len(parts) + sum(sent.parts is None for sent in frames)
-            subscribed = sum(b'"subscribed"' in sent.payload for sent in mine if sent.kind is Kind.EVENT)
+            subscribed = sum(b'"subscribed"' in sent.payload for sent in mine if sent.kind is RecordType.EVENT)
             assert len(account.connections) == subscribed
 
     def check_quarantine(self) -> None:
@@ -481,9 +488,9 @@ class _Collecting(RuleBasedStateMachine):
         wanted = Counter(
             json.dumps(part).encode()
             for sent in self.sent
-            for part in (sent.parts or () if sent.kind is Kind.FRAME else ())
+            for part in (sent.parts or () if sent.kind is RecordType.FRAME else ())
             if _is_refused(part)
-        ) + Counter(sent.payload for sent in self.sent if sent.kind is Kind.FRAME and sent.parts is None)
+        ) + Counter(sent.payload for sent in self.sent if sent.kind is RecordType.FRAME and sent.parts is None)
         assert Counter(_raw(entry) for entry in entries if entry not in torn) == wanted
 
 
@@ -607,7 +614,7 @@ def _finished_journal(root: Path, lake: Lake, frames: list[bytes], run: str = "r
     """What a run leaves that died after its last sync."""
     journal = Journal(root, _header(lake, run, feed=feed))
     for payload in frames:
-        journal.append(Kind.FRAME, payload)
+        journal.append(RecordType.FRAME, payload)
     journal.close()
     journal.release()
     return journal.folder
@@ -729,7 +736,7 @@ def test_records_bear_strictly_increasing_times_and_come_back_in_order(tmp_path:
     journal = Journal(tmp_path, _header(file_lake, "run-001"), segment_bytes=500)
     payloads = [b"%d" % number for number in range(200)]
     for payload in payloads:
-        journal.append(Kind.FRAME, payload)
+        journal.append(RecordType.FRAME, payload)
     journal.close()
     records = [record for n in journal.numbers() for record in journal.read(n, 0, journal.end_of(n)[0])]
     assert len(journal.numbers()) > 5
@@ -780,7 +787,7 @@ import resource, sys
 from datetime import UTC, date, datetime
 from pathlib import Path
 from polygon_pipeline.collector.collector import Collector, Plan
-from polygon_pipeline.collector.journal import Journal, JournalError, JournalHeader, Kind
+from polygon_pipeline.collector.journal import Journal, JournalError, JournalHeader, RecordType
 
 header = JournalHeader("run-001", date(2026, 1, 26), sys.argv[2], "polygon", datetime.now(UTC), True, True)
 journal = Journal(Path(sys.argv[1]), header)
@@ -788,12 +795,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 taken = 0
 try:
     while True:
-        journal.append(Kind.FRAME, b"x" * 700)
+        journal.append(RecordType.FRAME, b"x" * 700)
         taken += 1
 except JournalError as error:
     print(taken, error)
 try:
-    journal.append(Kind.FRAME, b"y")
+    journal.append(RecordType.FRAME, b"y")
 except JournalError:
     print("still refused")
 """
@@ -822,10 +829,10 @@ def test_a_disk_that_is_nearly_full_fails_the_journal_while_what_it_has_can_stil
     journal = Journal(root, header)
     monkeypatch.setattr(journal_module, "MIN_FREE_BYTES", 2**62)
     frame = _frame(_bar("SPY", _STARTS[0], 1))
-    journal.append(Kind.FRAME, frame)
+    journal.append(RecordType.FRAME, frame)
     journal.wait(1, 0, 60)
     with pytest.raises(JournalError, match="free some space"):
-        journal.append(Kind.FRAME, frame)
+        journal.append(RecordType.FRAME, frame)
     with pytest.raises(JournalError, match="MiB left"):
         journal.close()
     publisher = Publisher(file_lake, journal, header)

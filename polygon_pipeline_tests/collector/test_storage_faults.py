@@ -19,18 +19,18 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from polygon_pipeline.collector import collector as collector_module
-from polygon_pipeline.collector.account import Ledger, decode_ledger
 from polygon_pipeline.collector.collector import Collector, Plan, Progress
-from polygon_pipeline.collector.journal import Journal, JournalHeader, Kind, leftovers
+from polygon_pipeline.collector.journal import Journal, JournalHeader, RecordType, leftovers
 from polygon_pipeline.collector.lease import read_lease
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.ledger import Ledger, decode_ledger
 from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError, S3Access, open_lake
 from polygon_pipeline.market.bars import Channel, iso_seconds
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.feed import Event
-from polygon_pipeline_tests.faulty_s3 import Fault, FaultyS3
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.faulty_s3 import Fault, FaultyS3
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 _DAY = date(2026, 1, 26)
 _START_MS = 1769437800000  # 09:30 New York on that day
@@ -399,7 +399,7 @@ def test_a_large_batch_gets_through_where_one_request_in_a_hundred_breaks(seawee
         journal = Journal(tmp_path, header)
         for start in range(0, 1500, 300):
             events = [_bar(f"T{number:04d}", 0).payload for number in range(start, start + 300)]
-            journal.append(Kind.FRAME, b"[" + b",".join(events) + b"]")
+            journal.append(RecordType.FRAME, b"[" + b",".join(events) + b"]")
         journal.close()
         publisher = Publisher(lake, journal, header)
         publisher.step()

@@ -10,18 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polygon_pipeline.datasets.catalog import FOLLOWING, RAW, REFERENCE_BARS
+from polygon_pipeline.datasets.staleness import reference_is_due, stale_datasets
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import schedules
-from polygon_pipeline.defs.history import reference_job
 from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.reference import reference_job
 from polygon_pipeline.defs.schedules import after_close_schedule, catch_up_schedule, reference_schedule
-from polygon_pipeline.defs.staleness import INPUTS, REFERENCE, reference_is_due, stale_datasets
 from polygon_pipeline.market import calendar
+from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK
 
-_MINUTE_DATASETS = ["normalized_bars", "bars_5m", "bars_15m", "bars_1h", "daily_bars", "bar_coverage"]
-_RAW = ["raw_bars", "raw_second_bars"]
-_ALL = [*_RAW, REFERENCE, *INPUTS]
+_INPUTS = {dataset.name: [needed.name for needed in dataset.inputs] for dataset in FOLLOWING}
+_MINUTE_DATASETS = [dataset.name for dataset in FOLLOWING if dataset.channel is Channel.MINUTE]
+_RAW = [dataset.name for dataset in RAW.values()]
+_REFERENCE = REFERENCE_BARS.name
+_ALL = [*_RAW, _REFERENCE, *_INPUTS]
 
 # The trading days that the night of _NIGHT looks at. The flat file of the last is not published then.
 _NIGHT = "2020-11-24"
@@ -124,7 +128,7 @@ def test_on_a_closed_day_no_reference_is_asked_for_and_the_next_time_is_told(ins
 def test_days_of_which_there_is_nothing_are_made_from_the_reference_once_it_is_out(
     instance: dg.DagsterInstance,
 ) -> None:
-    assert _asked(_catch_up(instance)) == [(day, [REFERENCE]) for day in _DAYS[:-1]]
+    assert _asked(_catch_up(instance)) == [(day, [_REFERENCE]) for day in _DAYS[:-1]]
 
 
 def test_when_all_is_up_to_date_it_says_which_days_were_looked_at(
@@ -144,7 +148,7 @@ def test_only_what_is_missing_or_older_and_what_follows_from_it_is_asked_for(
     _report(instance, [*_ALL, "raw_bars"], ["2020-11-20"])
     _report(instance, [*_ALL, "normalized_bars"], ["2020-11-23"])
     assert _asked(_catch_up(instance)) == [
-        ("2020-11-19", ["bars_1h", "normalized_second_bars"]),
+        ("2020-11-19", ["normalized_second_bars", "bars_1h"]),
         ("2020-11-20", _MINUTE_DATASETS),
         ("2020-11-23", _MINUTE_DATASETS[1:]),
     ]
@@ -155,14 +159,14 @@ def test_datasets_do_not_wait_for_a_reference_that_may_never_come(
 ) -> None:
     monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 2)
     _report(instance, ["raw_bars"], ["2020-11-20"])
-    assert _asked(_catch_up(instance)) == [("2020-11-20", [REFERENCE]), ("2020-11-20", _MINUTE_DATASETS)]
+    assert _asked(_catch_up(instance)) == [("2020-11-20", [_REFERENCE]), ("2020-11-20", _MINUTE_DATASETS)]
 
 
 def test_a_reference_from_before_the_day_was_out_is_asked_for_again(instance: dg.DagsterInstance) -> None:
     later = datetime.now(NEW_YORK) + timedelta(days=60)
     day = calendar.completed_sessions(later, 5)[0].isoformat()
-    _report(instance, [REFERENCE], [day])  # today, long before that day
-    assert (day, [REFERENCE]) in _asked(_catch_up(instance, later.date().isoformat()))
+    _report(instance, [_REFERENCE], [day])  # today, long before that day
+    assert (day, [_REFERENCE]) in _asked(_catch_up(instance, later.date().isoformat()))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_night_after_night_all_is_made_and_then_nothing_is_asked_for(
             )
         nights.append(_asked(requests))
     assert nights == [
-        [("2020-11-20", [REFERENCE]), ("2020-11-23", _MINUTE_DATASETS)],
+        [("2020-11-20", [_REFERENCE]), ("2020-11-23", _MINUTE_DATASETS)],
         [("2020-11-20", _MINUTE_DATASETS)],
         [],
     ]
@@ -239,7 +243,7 @@ def _stub_repository() -> dg.RepositoryDefinition:
     assets: list[dg.AssetSpec | dg.AssetsDefinition] = [
         dg.AssetSpec(name, partitions_def=trading_days) for name in _RAW
     ]
-    for name, inputs in {REFERENCE: (), **INPUTS}.items():
+    for name, inputs in {_REFERENCE: (), **_INPUTS}.items():
         assets.append(dg.asset(name=name, deps=list(inputs), partitions_def=trading_days)(nothing))
     jobs = [schedules.daily_datasets_job, reference_job, schedules.catch_up_job]
     every = [after_close_schedule, reference_schedule, catch_up_schedule]
@@ -249,8 +253,8 @@ def _stub_repository() -> dg.RepositoryDefinition:
 
 def test_the_inputs_are_those_of_the_asset_graph() -> None:
     graph = build_defs().get_repository_def().asset_graph
-    assert {name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys} for name in INPUTS} == {
-        name: set(inputs) for name, inputs in INPUTS.items()
+    assert {name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys} for name in _INPUTS} == {
+        name: set(inputs) for name, inputs in _INPUTS.items()
     }
 
 
@@ -259,23 +263,23 @@ _makings = st.dictionaries(st.sampled_from(_ALL), st.integers(0, 20))
 
 @given(_makings)
 def test_what_is_asked_for_makes_once_done_nothing_stale(made: dict[str, int]) -> None:
-    asked = stale_datasets(made)
+    asked = [dataset.name for dataset in stale_datasets(made)]
     assert len(set(asked)) == len(asked)
     assert stale_datasets(_done(made, asked)) == []
 
 
-@given(st.lists(st.sampled_from([*_RAW, REFERENCE])), _makings)
+@given(st.lists(st.sampled_from([*_RAW, _REFERENCE])), _makings)
 def test_a_day_made_after_all_its_inputs_is_left_alone(inputs: list[str], before: dict[str, int]) -> None:
-    assert stale_datasets(_done(before, [*inputs, *INPUTS])) == []
+    assert stale_datasets(_done(before, [*inputs, *_INPUTS])) == []
 
 
 @given(_makings)
 def test_a_dataset_is_asked_for_when_something_on_the_way_to_it_is_out_of_order(made: dict[str, int]) -> None:
     def outdated(name: str) -> bool:
-        inputs = INPUTS.get(name, ())
+        inputs = _INPUTS.get(name, ())
         return any(made.get(needed, -1) > made.get(name, -1) or outdated(needed) for needed in inputs)
 
-    assert set(stale_datasets(made)) == {name for name in INPUTS if outdated(name)}
+    assert {dataset.name for dataset in stale_datasets(made)} == {name for name in _INPUTS if outdated(name)}
 
 
 def _done(made: dict[str, int], names: list[str]) -> dict[str, int]:

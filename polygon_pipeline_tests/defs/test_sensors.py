@@ -1,10 +1,7 @@
-"""The collector's sensor, against a real instance: what it asks for, what it waits for, whom it buries."""
+"""The collector's sensors, against a real instance: what they start, what they wait for, which runs they fail."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,11 +36,18 @@ def _tick(instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
     with dg.build_sensor_context(
         instance=instance,
         repository_def=build_defs().get_repository_def(),
-        resources={"polygon": PolygonResource(), "lake": LakeResource(s3=S3Resource())},
+        resources={"polygon": PolygonResource()},
     ) as context:
         result = sensors.market_session_sensor(context)
     assert isinstance(result, dg.RunRequest | dg.SkipReason)
     return result
+
+
+def _fail_lost_runs(instance: dg.DagsterInstance) -> str:
+    with dg.build_sensor_context(instance=instance, resources={"lake": LakeResource(s3=S3Resource())}) as context:
+        result = sensors.lost_runs_sensor(context)
+    assert isinstance(result, dg.SkipReason)
+    return result.skip_message or ""
 
 
 def test_without_a_key_the_oldest_of_the_last_five_sessions_is_played_first(
@@ -80,28 +84,32 @@ def test_a_run_whose_lease_expired_is_reported_failed_and_the_next_attempt_start
     day = calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat()
     run = _started_run(instance, day)
     _write_lease(lake_dir, run, expires=datetime.now(UTC) - timedelta(minutes=5), machine="elsewhere/boot")
+    assert isinstance(_tick(instance), dg.SkipReason)
+    assert "1" in _fail_lost_runs(instance)
+    lost = instance.get_run_by_id(run.run_id)
+    assert lost is not None
+    assert lost.status is dg.DagsterRunStatus.FAILURE
     request = _tick(instance)
     assert isinstance(request, dg.RunRequest)
     assert request.run_key == f"simulated-{day}-2"
-    buried = instance.get_run_by_id(run.run_id)
-    assert buried is not None
-    assert buried.status is dg.DagsterRunStatus.FAILURE
 
 
 def test_a_run_that_renews_its_lease_is_left_alone(instance: dg.DagsterInstance, lake_dir: Path) -> None:
     run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
     _write_lease(lake_dir, run, expires=datetime.now(UTC) + timedelta(minutes=1), machine="elsewhere/boot")
+    assert _fail_lost_runs(instance) == "no run is lost"
     assert isinstance(_tick(instance), dg.SkipReason)
     alive = instance.get_run_by_id(run.run_id)
     assert alive is not None
     assert alive.status is dg.DagsterRunStatus.STARTED
 
 
-def test_a_run_whose_process_is_gone_from_this_machine_is_buried_before_its_lease_expires(
+def test_a_run_whose_process_is_gone_from_this_machine_is_failed_before_its_lease_expires(
     instance: dg.DagsterInstance, lake_dir: Path
 ) -> None:
     run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
     _write_lease(lake_dir, run, expires=datetime.now(UTC) + timedelta(minutes=1), machine=this_machine(), pid=2**22 + 1)
+    assert "1" in _fail_lost_runs(instance)
     assert isinstance(_tick(instance), dg.RunRequest)
 
 
@@ -123,14 +131,3 @@ def _write_lease(lake_dir: Path, run: dg.DagsterRun, expires: datetime, machine:
         expires_at=expires,
     )
     (lake_dir / layout.LEASE_KEY).write_bytes(msgspec.json.encode(holding))
-
-
-def test_a_killed_process_or_one_that_began_after_the_run_is_not_the_runs() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        began = time.time()
-        assert sensors._is_alive(process.pid, began + 1)
-        assert not sensors._is_alive(process.pid, began - 3600), "the id is another's by now"
-        process.kill()
-        time.sleep(0.2)
-        assert not sensors._is_alive(process.pid, began + 1), "it waits for its parent to look"
-    assert not sensors._is_alive(process.pid, began + 1)

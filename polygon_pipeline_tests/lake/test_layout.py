@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygon_pipeline.lake import layout
-from polygon_pipeline.market.bars import Channel, ticker_fault
+from polygon_pipeline.market.bars import Channel, ticker_error
 
 DAY = date(2026, 1, 26)
 START_MS = int(datetime(2026, 1, 26, 18, 30, tzinfo=UTC).timestamp() * 1000)
 
-tickers = st.text(min_size=1, max_size=64).filter(lambda ticker: ticker_fault(ticker) is None)
+tickers = st.text(min_size=1, max_size=64).filter(lambda ticker: ticker_error(ticker) is None)
 
 
 def test_the_specifications_key_is_kept_to_the_letter() -> None:

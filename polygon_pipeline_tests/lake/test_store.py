@@ -23,10 +23,10 @@ from polygon_pipeline.lake.store import (
     brief,
     for_each,
     open_lake,
-    permanent_fault,
+    permanent_error,
 )
-from polygon_pipeline.market.bars import Channel, ticker_fault
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline.market.bars import Channel, ticker_error
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 DAY = date(2026, 1, 26)
 START_MS = 1769452200000
@@ -89,7 +89,7 @@ TICKERS = ["BRK.B", "KIMpL", "KIMPL", "A B", "A%2FB", "A%B", "A#B", "A?B", "A*B"
 
 
 def test_every_ticker_has_its_own_keys_in_its_own_spelling(lake: Lake) -> None:
-    assert [ticker for ticker in TICKERS if ticker_fault(ticker)] == []
+    assert [ticker for ticker in TICKERS if ticker_error(ticker)] == []
     for ticker in TICKERS:
         lake.put(layout.raw_key(Channel.MINUTE, DAY, ticker, START_MS), ticker.encode())
     keys = lake.keys(layout.raw_prefix(Channel.MINUTE, DAY))
@@ -173,12 +173,12 @@ def test_a_folder_that_is_a_file_cannot_be_claimed(tmp_path: Path) -> None:
 
 
 def test_a_fault_that_may_pass_is_told_from_a_permanent_one() -> None:
-    assert permanent_fault(GenericError("connection refused"), "s3://bucket") is None
-    assert permanent_fault(TimeoutError(), "s3://bucket") is None
-    missing = permanent_fault(GenericError("404: <Code>NoSuchBucket</Code>"), "s3://bucket")
+    assert permanent_error(GenericError("connection refused"), "s3://bucket") is None
+    assert permanent_error(TimeoutError(), "s3://bucket") is None
+    missing = permanent_error(GenericError("404: <Code>NoSuchBucket</Code>"), "s3://bucket")
     assert missing
     assert "Create the bucket" in str(missing)
-    denied = permanent_fault(PermissionError("read only"), "file:///lake")
+    denied = permanent_error(PermissionError("read only"), "file:///lake")
     assert denied
     assert "read only" in str(denied)
 

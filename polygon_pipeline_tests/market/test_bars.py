@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from polygon_pipeline.market.bars import EARLIEST_MS, iso_seconds, shares, ticker_fault, timestamp_fault
-from polygon_pipeline_tests.market.support import EPOCH, moments
+from polygon_pipeline.market.bars import EARLIEST_MS, iso_seconds, shares, ticker_error, timestamp_error
+from polygon_pipeline_tests.support.bars import EPOCH, moments
 
 NOW = datetime(2026, 1, 26, 18, 31, tzinfo=UTC)
 NOW_MS = int(NOW.timestamp() * 1000)
@@ -21,7 +21,7 @@ DAY_MS = 86_400_000
 
 @pytest.mark.parametrize("ticker", ["SPY", "BRK.B", "KIMpL", "AAC.WS", "AAC.U", "A", "brk.b", "BRK-B", "É"])
 def test_tickers_of_every_kind_are_accepted_in_their_own_case(ticker: str) -> None:
-    assert ticker_fault(ticker) is None
+    assert ticker_error(ticker) is None
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_tickers_of_every_kind_are_accepted_in_their_own_case(ticker: str) -> No
     ["", ".", "..", "A/B", "/", "../etc", "A..B", "A\\B", "A\nB", "A\x00", "A\x7f", "A\x85", "A\u2028B", "A" * 65],
 )
 def test_what_could_leave_its_folder_or_break_a_line_is_no_ticker(ticker: str) -> None:
-    fault = ticker_fault(ticker)
+    fault = ticker_error(ticker)
     assert fault
     assert "ticker" in fault
 
@@ -39,7 +39,7 @@ def test_what_could_leave_its_folder_or_break_a_line_is_no_ticker(ticker: str) -
 @example(".")
 @example("A/../..")
 def test_an_accepted_ticker_is_one_name_in_its_folder_and_one_line(ticker: str) -> None:
-    if ticker_fault(ticker) is not None:
+    if ticker_error(ticker) is not None:
         return
     folder = PurePosixPath("/lake/raw-data/2026-01-26")
     path = folder / ticker
@@ -50,13 +50,13 @@ def test_an_accepted_ticker_is_one_name_in_its_folder_and_one_line(ticker: str) 
 
 
 def test_an_accepted_ticker_is_short_enough_to_name_a_file() -> None:
-    longest = [ticker for length in range(1, 80) if ticker_fault(ticker := "\U0001f600" * length) is None]
+    longest = [ticker for length in range(1, 80) if ticker_error(ticker := "\U0001f600" * length) is None]
     assert max(len(ticker.encode()) for ticker in longest) <= 255
 
 
 @given(st.integers(EARLIEST_MS // 1000, (NOW_MS + DAY_MS) // 1000))
 def test_a_whole_second_from_2003_to_tomorrow_can_be_a_bars_start(second: int) -> None:
-    assert timestamp_fault(second * 1000, NOW) is None
+    assert timestamp_error(second * 1000, NOW) is None
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_whole_second_from_2003_to_tomorrow_can_be_a_bars_start(second: int) -
     ],
 )
 def test_a_start_that_no_bar_can_have_is_refused(start_ms: int, reason: str) -> None:
-    fault = timestamp_fault(start_ms, NOW)
+    fault = timestamp_error(start_ms, NOW)
     assert fault
     assert reason in fault
     assert str(start_ms) in fault

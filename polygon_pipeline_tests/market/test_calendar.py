@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.calendar import NEW_YORK
-from polygon_pipeline_tests.market.support import moments
+from polygon_pipeline_tests.support.bars import moments
 
 HOLIDAYS_2026 = [
     date(2026, 1, 1),
@@ -118,12 +118,12 @@ def test_trading_days_include_both_ends_and_skip_what_is_closed() -> None:
     ],
 )
 def test_a_bar_belongs_to_the_new_york_date_of_its_start(moment: datetime, day: date) -> None:
-    assert calendar.session_date(ms(moment)) == day
+    assert calendar.trade_date(ms(moment)) == day
 
 
 @given(moments)
 def test_the_session_date_is_new_yorks_at_every_moment(moment: datetime) -> None:
-    assert calendar.session_date(ms(moment)) == moment.astimezone(NEW_YORK).date()
+    assert calendar.trade_date(ms(moment)) == moment.astimezone(NEW_YORK).date()
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_a_day_has_23_hours_in_spring_and_25_in_autumn(day: date, hours: int) ->
 @given(st.dates(date(2003, 1, 1), date(2032, 1, 1)))
 def test_the_bounds_of_a_day_hold_its_bars_and_no_others(day: date) -> None:
     first, after = calendar.day_bounds_ms(day)
-    assert calendar.session_date(first) == calendar.session_date(after - 1) == day
-    assert calendar.session_date(first - 1) == day - timedelta(days=1)
-    assert calendar.session_date(after) == day + timedelta(days=1)
+    assert calendar.trade_date(first) == calendar.trade_date(after - 1) == day
+    assert calendar.trade_date(first - 1) == day - timedelta(days=1)
+    assert calendar.trade_date(after) == day + timedelta(days=1)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from polygon_pipeline.lake.store import Lake, S3Access, open_lake
 from polygon_pipeline.market.calendar import NEW_YORK
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import FlatFile, expected_at, fetch_flat_file, flat_file_key
-from polygon_pipeline_tests.polygon.planned_server import Answer, PlannedServer, planned_server
-from polygon_pipeline_tests.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.planned_server import Answer, PlannedServer, planned_server
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 DAY = date(2026, 1, 26)
 KEY = "us_stocks_sip/minute_aggs_v1/2026/01/2026-01-26.csv.gz"

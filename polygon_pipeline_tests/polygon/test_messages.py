@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from polygon_pipeline.market.bars import Bar, Channel
 from polygon_pipeline.polygon.messages import Frame, Status, decode_frame, decode_statuses
-from polygon_pipeline_tests.polygon.support import (
+from polygon_pipeline_tests.support.events import (
     RECEIVED_AT,
     START_MS,
     JsonObject,

@@ -16,7 +16,7 @@ import pytest
 
 from polygon_pipeline.polygon.rate_limit import RateLimit, Stopped
 from polygon_pipeline.polygon.rest import RestHistory
-from polygon_pipeline_tests.polygon.planned_server import Answer, Request, planned_server
+from polygon_pipeline_tests.support.planned_server import Answer, Request, planned_server
 
 GROUPED = "/v2/aggs/grouped/locale/us/market/stocks/2026-01-26"
 SPAWN = multiprocessing.get_context("spawn")
@@ -138,10 +138,10 @@ def test_a_window_that_would_be_taken_for_an_earlier_boots_is_refused(tmp_path: 
         RateLimit(tmp_path / "limit", 1, 600.0)
 
 
-@pytest.mark.parametrize(("a_minute", "a_second"), [(5, 5 / 60), (599, 599 / 60), (600, 10), (659, 10), (6000, 100)])
+@pytest.mark.parametrize(("a_minute", "per_second"), [(5, 5 / 60), (599, 599 / 60), (600, 10), (659, 10), (6000, 100)])
 def test_a_limit_a_minute_is_never_exceeded_by_the_seconds_it_is_spread_over(
-    tmp_path: Path, a_minute: int, a_second: float
+    tmp_path: Path, a_minute: int, per_second: float
 ) -> None:
     found = RateLimit.per_minute(tmp_path / "limit", a_minute)
-    assert found.a_second == pytest.approx(a_second)
-    assert found.a_second * 60 <= a_minute + 1e-9
+    assert found.per_second == pytest.approx(per_second)
+    assert found.per_second * 60 <= a_minute + 1e-9

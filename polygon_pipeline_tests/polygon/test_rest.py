@@ -20,7 +20,7 @@ from massive import RESTClient  # type: ignore[import-untyped, unused-ignore]
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.rate_limit import RateLimit
 from polygon_pipeline.polygon.rest import HistoryBar, Page, RestHistory, seconds_left
-from polygon_pipeline_tests.polygon.planned_server import Answer, PlannedServer, planned_server
+from polygon_pipeline_tests.support.planned_server import Answer, PlannedServer, planned_server
 
 KEY = "a-very-secret-key"
 DAY = date(2026, 1, 26)
@@ -396,7 +396,7 @@ def test_the_time_left_is_bound_by_the_limit_at_first_and_by_the_pace_later() ->
 
 
 @given(st.integers(0, 10_000), st.integers(0, 10_000), st.floats(0, 1e6), st.floats(0.01, 100))
-def test_the_time_left_is_none_at_the_end_alone(done: int, rest: int, elapsed: float, a_second: float) -> None:
-    left = seconds_left(done, done + rest, elapsed, a_second)
+def test_the_time_left_is_none_at_the_end_alone(done: int, rest: int, elapsed: float, per_second: float) -> None:
+    left = seconds_left(done, done + rest, elapsed, per_second)
     assert (left == 0) == (rest == 0)
-    assert left >= rest / a_second
+    assert left >= rest / per_second

@@ -14,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.polygon import stream
+from polygon_pipeline.polygon import frame_buffer, stream
 from polygon_pipeline.polygon.messages import decode_frame
 from polygon_pipeline.polygon.stream import Backoff, EventKind, StreamRefused
 from polygon_pipeline.simulator.exchange import Exchange
-from polygon_pipeline_tests.polygon.scripted import (
+from polygon_pipeline_tests.support.client import event, log_in
+from polygon_pipeline_tests.support.events import RECEIVED_AT
+from polygon_pipeline_tests.support.s3_server import free_ports
+from polygon_pipeline_tests.support.scripted import (
     KEY,
     PATIENCE,
     Script,
@@ -28,9 +31,6 @@ from polygon_pipeline_tests.polygon.scripted import (
     status,
     subscribed,
 )
-from polygon_pipeline_tests.polygon.support import RECEIVED_AT
-from polygon_pipeline_tests.s3_server import free_ports
-from polygon_pipeline_tests.simulator.support import event, log_in
 
 
 def kinds(watched: Watched) -> list[EventKind]:
@@ -84,7 +84,7 @@ def test_long_lists_are_subscribed_to_in_chunks() -> None:
 def test_no_message_subscribes_to_more_than_the_limit_and_each_topic_comes_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shorten(monkeypatch, TOPICS_A_MESSAGE=2)
+    shorten(monkeypatch, TOPICS_PER_MESSAGE=2)
 
     def script(client: Script) -> None:
         client.welcome()
@@ -323,7 +323,7 @@ def test_no_bars_while_the_market_is_open_ends_a_connection_and_the_next_has_twi
 
 
 def test_a_frame_that_is_announced_too_long_ends_the_connection_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten(monkeypatch, MAX_FRAME_BYTES=10_000)
+    monkeypatch.setattr(frame_buffer, "MAX_FRAME_BYTES", 10_000)
 
     def script(client: Script) -> None:
         client.begin()

@@ -1,4 +1,4 @@
-"""The exchange's protocol, seen by a raw client and by the vendor's own."""
+"""The exchange's protocol, as a raw client and the vendor's official client see it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
-from polygon_pipeline_tests.simulator.support import DAY, START_MS, collect, connect, event, log_in
+from polygon_pipeline_tests.support.client import DAY, START_MS, collect, connect, event, log_in
 
 
 def success(message: str) -> dict[str, str]:
@@ -35,12 +35,12 @@ def success(message: str) -> dict[str, str]:
 
 @pytest.fixture
 def quiet() -> Iterator[Exchange]:
-    """An exchange with nothing to send."""
+    """An exchange with an empty feed."""
     with Exchange([]) as exchange:
         yield exchange
 
 
-def test_it_greets_and_authenticates_like_the_vendor(quiet: Exchange) -> None:
+def test_the_greeting_and_authentication_are_like_the_vendors(quiet: Exchange) -> None:
     assert re.fullmatch(r"ws://127\.0\.0\.1:\d+/stocks", quiet.url)
     with connect(quiet) as client:
         assert client.greeting == [
@@ -58,19 +58,19 @@ def test_it_greets_and_authenticates_like_the_vendor(quiet: Exchange) -> None:
         "?",
     ],
 )
-def test_who_does_not_begin_with_the_right_key_is_dropped_without_a_close_frame(message: str) -> None:
+def test_a_client_without_the_right_key_is_dropped_without_a_close_frame(message: str) -> None:
     with Exchange([], key="right") as exchange, connect(exchange) as client:
         client.socket.send(message)
         assert client.receive() == [{"ev": "status", "status": "auth_failed", "message": "authentication failed"}]
         assert client.close_code() is None
 
 
-def test_any_key_will_do_but_an_empty_one() -> None:
+def test_an_empty_key_is_refused_even_if_any_key_is_accepted() -> None:
     with Exchange([]) as exchange, connect(exchange) as client:
         assert client.ask("auth", "")[0]["status"] == "auth_failed"
 
 
-def test_who_says_nothing_is_timed_out() -> None:
+def test_a_client_that_does_not_authenticate_is_timed_out() -> None:
     with Exchange([], auth_timeout=0.05) as exchange, connect(exchange) as client:
         assert client.receive()[0]["status"] == "auth_timeout"
         assert client.close_code() == 1000
@@ -83,7 +83,7 @@ def test_new_topics_are_acknowledged_one_by_one_in_one_frame(quiet: Exchange) ->
         ]
 
 
-def test_unknown_topics_repetitions_and_nonsense_get_no_answer_and_unknown_tickers_do(
+def test_invalid_and_repeated_topics_are_not_acknowledged_and_unknown_tickers_are(
     quiet: Exchange,
 ) -> None:
     with log_in(quiet) as client:
@@ -93,13 +93,13 @@ def test_unknown_topics_repetitions_and_nonsense_get_no_answer_and_unknown_ticke
         client.send("dance", "AM.AAPL")
         client.socket.send("[1")
         client.send("unsubscribe", "AM.MSFT")
-        # The next answer shows that none of these had one.
+        # If one of these had been answered, that answer would be received here.
         assert client.ask("subscribe", "AM.AAPL,AM.NOSUCH") == [success("subscribed to: AM.NOSUCH")]
         assert client.ask("unsubscribe", "AM.AAPL") == [success("unsubscribed to: AM.AAPL")]
         assert client.ask("subscribe", "AM.AAPL") == [success("subscribed to: AM.AAPL")]
 
 
-def test_only_what_was_subscribed_is_sent_case_and_dots_included() -> None:
+def test_only_subscribed_tickers_are_sent_with_case_and_dots_compared_exactly() -> None:
     tickers = ("BRK.B", "BRK", "KIMpL", "KIMPL", "AAPL")
     feed = [event(ticker, 0, channel) for channel in Channel for ticker in tickers]
     with Exchange(feed, speed=0) as exchange:
@@ -108,14 +108,14 @@ def test_only_what_was_subscribed_is_sent_case_and_dots_included() -> None:
     assert exchange.sent == 2
 
 
-def test_a_whole_channel_can_be_had_with_a_star_and_each_bar_comes_once() -> None:
+def test_a_star_subscribes_to_a_whole_channel_and_each_bar_is_sent_once() -> None:
     feed = [event("AAPL", 0), event("MSFT", 0), event("AAPL", 0, Channel.SECOND)]
     with Exchange(feed, speed=0) as exchange:
         received, _ = collect(exchange, "AM.*,AM.AAPL")
     assert [(bar["ev"], bar["sym"]) for bar in received] == [("AM", "AAPL"), ("AM", "MSFT")]
 
 
-def test_as_fast_as_possible_loses_nothing_and_fills_frames_up_to_the_limit() -> None:
+def test_at_unlimited_speed_nothing_is_lost_and_frames_are_filled_up_to_the_limit() -> None:
     feed = [event(f"T{number}", 0) for number in range(20_000)]
     with Exchange(feed, speed=float("inf"), batch_limit=250) as exchange:
         received, sizes = collect(exchange, "AM.*")
@@ -125,8 +125,8 @@ def test_as_fast_as_possible_loses_nothing_and_fills_frames_up_to_the_limit() ->
     assert max(sizes) == 250
 
 
-def test_as_fast_as_possible_waits_while_nobody_subscribes() -> None:
-    # More than the buffers between hold, so that some of it is still to come when the first client leaves.
+def test_at_unlimited_speed_the_feed_waits_while_there_is_no_subscriber() -> None:
+    # More than the socket buffers hold, so that part of it is still unsent when the first client disconnects.
     feed = [event("AAPL", minute) for minute in range(60_000)]
     last = json.loads(feed[-1].payload)
     with Exchange(feed, speed=0) as exchange:
@@ -141,11 +141,11 @@ def test_as_fast_as_possible_waits_while_nobody_subscribes() -> None:
         assert exchange.finished.wait(20)
         assert exchange.sent == len(feed)
     assert seen == [json.loads(bar.payload) for bar in feed[: len(seen)]]
-    # What was in the air when the first client left is lost; from there on nothing is.
+    # Data in transit when the first client disconnected is lost; everything after it is received.
     assert later == [json.loads(bar.payload) for bar in feed[-len(later) :]]
 
 
-def test_market_time_goes_on_while_nobody_listens_and_nothing_is_sent_again() -> None:
+def test_market_time_advances_without_subscribers_and_nothing_is_sent_again() -> None:
     feed = [event("AAPL", minute) for minute in range(5)]
     with Exchange(feed, speed=600) as exchange:
         assert exchange.market_time_ms == 0, "it waits for the first subscription"
@@ -162,7 +162,7 @@ def test_market_time_goes_on_while_nobody_listens_and_nothing_is_sent_again() ->
     assert first[0] == json.loads(feed[0].payload)
 
 
-def test_it_can_start_at_once() -> None:
+def test_the_market_can_start_at_once() -> None:
     with Exchange([event("AAPL", 0), event("AAPL", 1)], speed=6000, start_at_once=True) as exchange:
         assert exchange.finished.wait(20)
         assert exchange.sent == 0
@@ -183,7 +183,7 @@ def test_one_more_connection_on_the_same_key_evicts_the_oldest(quiet: Exchange) 
             assert client.ask("subscribe", "AM.AAPL") == [success("subscribed to: AM.AAPL")]
 
 
-def test_a_larger_plan_evicts_nobody_before_it_is_full() -> None:
+def test_with_more_connections_allowed_none_is_evicted_below_the_limit() -> None:
     with Exchange([], max_connections=4) as exchange, ExitStack() as stack:
         clients = [stack.enter_context(log_in(exchange)) for _ in range(5)]
         assert clients[0].receive()[0]["status"] == "max_connections"
@@ -191,7 +191,7 @@ def test_a_larger_plan_evicts_nobody_before_it_is_full() -> None:
             assert client.ask("subscribe", "AM.AAPL") == [success("subscribed to: AM.AAPL")]
 
 
-def test_a_larger_plan_allows_more_connections_and_each_gets_everything() -> None:
+def test_with_more_connections_allowed_each_receives_everything() -> None:
     feed = [event("AAPL", 0), event("AAPL", 1)]
     with (
         Exchange(feed, speed=0, max_connections=2) as exchange,
@@ -207,7 +207,7 @@ def test_a_larger_plan_allows_more_connections_and_each_gets_everything() -> Non
         assert exchange.sent == 4
 
 
-def test_who_does_not_read_is_expelled_and_holds_up_nobody() -> None:
+def test_a_client_that_does_not_read_is_evicted_and_does_not_delay_the_feed() -> None:
     feed = [event(f"T{number}", 0) for number in range(100_000)]
     with Exchange(feed, speed=1, buffer_limit=2**20) as exchange, log_in(exchange) as client:
         client.ask("subscribe", "AM.*")
@@ -218,7 +218,7 @@ def test_who_does_not_read_is_expelled_and_holds_up_nobody() -> None:
                 pass
 
 
-def test_it_stops_although_a_client_does_not_read() -> None:
+def test_the_exchange_stops_even_if_a_client_does_not_read() -> None:
     feed = [event(f"T{number}", 0) for number in range(100_000)]
     with Exchange(feed, speed=0) as exchange, log_in(exchange) as client:
         client.ask("subscribe", "AM.*")
@@ -227,12 +227,12 @@ def test_it_stops_although_a_client_does_not_read() -> None:
         assert not exchange.serving
 
 
-def test_a_feeds_error_ends_the_serving_and_reaches_the_caller() -> None:
+def test_an_error_of_the_feed_stops_the_server_and_reaches_the_caller() -> None:
     def broken() -> Iterator[Event]:
         yield event("AAPL", 0)
-        raise ValueError("the tape tore")
+        raise ValueError("the feed is broken")
 
-    with pytest.raises(ValueError, match="the tape tore"), Exchange(broken(), start_at_once=True) as exchange:
+    with pytest.raises(ValueError, match="the feed is broken"), Exchange(broken(), start_at_once=True) as exchange:
         assert exchange.finished.wait(20)
 
 
@@ -243,7 +243,7 @@ def test_a_port_in_use_is_an_error_at_once(quiet: Exchange) -> None:
         Exchange([], speed=-1)
 
 
-def test_the_vendors_own_client_understands_it() -> None:
+def test_the_vendors_official_client_understands_the_exchange() -> None:
     market = SyntheticMarket(["AAPL", "BRK.B", "TCEHY"])
     feed = list(SyntheticFeed(market, DAY, [Channel.MINUTE]))
     received: list[WebSocketMessage] = []
@@ -295,7 +295,7 @@ def test_the_vendors_own_client_understands_it() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signals, tmp_path: Path) -> None:
+def test_the_command_prints_its_addresses_and_exits_cleanly(number: signal.Signals, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -311,7 +311,7 @@ def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signal
     ]
     with subprocess.Popen([*command, "--speed", "0", "--key", "k"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        # Were the line never to come, the test's own timeout would not reach the child.
+        # If the line is never printed, the test's own timeout does not end the child process.
         guard = threading.Timer(60, process.kill)
         guard.start()
         line = process.stdout.readline()
@@ -322,7 +322,7 @@ def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signal
         assert "simulated" in socket.recv()
         history = RESTClient("k", base=variables["POLYGON_REST_URL"])
         assert len(history.get_aggs("AAPL", 1, "minute", "2026-01-23", "2026-01-23")) == 960
-        assert history.get_aggs("AAPL", 1, "minute", "2026-01-26", "2026-01-26") == [], "the day has yet to begin"
+        assert history.get_aggs("AAPL", 1, "minute", "2026-01-26", "2026-01-26") == [], "the day has not started yet"
         assert variables["POLYGON_FLAT_FILES_URL"] == tmp_path.as_uri()
         assert [path.name for path in sorted(tmp_path.rglob("*.gz"))] == ["2026-01-23.csv.gz", "2026-01-26.csv.gz"]
         os.kill(process.pid, number)
@@ -332,16 +332,16 @@ def test_the_command_says_where_it_serves_and_ends_cleanly(number: signal.Signal
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         (["--day", "2026-01-25"], "closed on 2026-01-25"),
         (["--replay", "nowhere.csv"], "no file nowhere.csv"),
         (["--faults", "explode=1"], "no fault 'explode'"),
     ],
 )
-def test_the_command_explains_what_it_cannot_do(arguments: list[str], complaint: str) -> None:
+def test_the_command_explains_invalid_arguments(arguments: list[str], message: str) -> None:
     command = [sys.executable, "-m", "polygon_pipeline.simulator", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
-    assert complaint in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr

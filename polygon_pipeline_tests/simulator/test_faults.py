@@ -1,4 +1,4 @@
-"""Faults on request, seen by a raw client."""
+"""Faults on request, as a raw client sees them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import websocket
 
 from polygon_pipeline.simulator.exchange import Exchange
-from polygon_pipeline.simulator.faults import AT_A_FRAME, Fault, Faults, Kind
-from polygon_pipeline_tests.simulator.support import START_MS, Client, connect, event, log_in
+from polygon_pipeline.simulator.faults import AT_FRAME, Fault, Faults, FaultType
+from polygon_pipeline_tests.support.client import START_MS, Client, connect, event, log_in
 
 FEED = [event("AAPL", minute) for minute in range(6)]
 
 
 def exchange(*plan: Fault, seed: int = 0) -> Exchange:
-    """As fast as possible, three bars a frame, so two frames."""
+    """At unlimited speed, with three bars per frame, so two frames."""
     return Exchange(FEED, speed=0, batch_limit=3, faults=Faults(plan, seed), record=True)
 
 
@@ -28,7 +28,7 @@ def subscribe(client: Client) -> None:
 
 
 def messages(client: Client) -> Iterator[tuple[int, bytes]]:
-    """What comes, control frames but pings included, until the end of the socket."""
+    """All messages until the socket ends, including control frames except pings."""
     client.socket.cont_frame.skip_utf8_validation = True
     while True:
         try:
@@ -45,27 +45,27 @@ TEXT, BINARY, CLOSE = websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY, 
 FIRST, SECOND = (b"[%b]" % b",".join(bar.payload for bar in bars) for bars in (FEED[:3], FEED[3:]))
 
 
-def test_a_dropped_connection_ends_without_a_close_frame_behind_everything_sent() -> None:
-    with exchange(Fault(Kind.DROP, after_frames=2)) as served, log_in(served) as client:
+def test_a_dropped_connection_ends_without_a_close_frame_after_everything_sent() -> None:
+    with exchange(Fault(FaultType.DROP, after_frames=2)) as server, log_in(server) as client:
         subscribe(client)
         assert list(messages(client)) == [(TEXT, FIRST), (TEXT, SECOND)]
 
 
 def test_a_reset_connection_ends_without_a_close_frame() -> None:
-    with exchange(Fault(Kind.RESET, after_frames=1)) as served, log_in(served) as client:
+    with exchange(Fault(FaultType.RESET, after_frames=1)) as server, log_in(server) as client:
         subscribe(client)
         assert list(messages(client)) in ([], [(TEXT, FIRST)])
 
 
 def test_a_closed_connection_ends_with_a_close_frame() -> None:
-    with exchange(Fault(Kind.CLOSE, after_frames=1)) as served, log_in(served) as client:
+    with exchange(Fault(FaultType.CLOSE, after_frames=1)) as server, log_in(server) as client:
         subscribe(client)
         assert list(messages(client)) == [(TEXT, FIRST), (CLOSE, b"\x03\xe9going away")]
 
 
-@pytest.mark.parametrize("kind", [Kind.SLOW_CONSUMER, Kind.FORCE_DISCONNECT, Kind.MAX_CONNECTIONS])
-def test_an_expelled_client_is_told_why_and_closed_with_1008(kind: Kind) -> None:
-    with exchange(Fault(kind, after_frames=1)) as served, log_in(served) as client:
+@pytest.mark.parametrize("kind", [FaultType.SLOW_CONSUMER, FaultType.FORCE_DISCONNECT, FaultType.MAX_CONNECTIONS])
+def test_an_evicted_client_receives_the_reason_and_close_code_1008(kind: FaultType) -> None:
+    with exchange(Fault(kind, after_frames=1)) as server, log_in(server) as client:
         subscribe(client)
         bars, (_, status), close = messages(client)
         assert bars == (TEXT, FIRST)
@@ -74,14 +74,14 @@ def test_an_expelled_client_is_told_why_and_closed_with_1008(kind: Kind) -> None
 
 
 def test_a_truncated_frame_never_arrives() -> None:
-    with exchange(Fault(Kind.TRUNCATED_FRAME, after_frames=2)) as served, log_in(served) as client:
+    with exchange(Fault(FaultType.TRUNCATED_FRAME, after_frames=2)) as server, log_in(server) as client:
         subscribe(client)
         assert list(messages(client)) == [(TEXT, FIRST)]
-        assert [frame.payload for frame in served.served[0].frames] == [FIRST]
+        assert [frame.payload for frame in server.served[0].frames] == [FIRST]
 
 
-def test_a_huge_frame_is_announced_and_never_comes() -> None:
-    with exchange(Fault(Kind.HUGE_FRAME, after_frames=1)) as served, log_in(served) as client:
+def test_of_a_huge_frame_only_the_header_is_sent() -> None:
+    with exchange(Fault(FaultType.HUGE_FRAME, after_frames=1)) as server, log_in(server) as client:
         subscribe(client)
         assert client.socket.recv() == FIRST.decode()
         client.socket.settimeout(0.2)
@@ -91,7 +91,7 @@ def test_a_huge_frame_is_announced_and_never_comes() -> None:
 
 
 def test_a_stalled_connection_stays_open_and_answers_no_ping() -> None:
-    with exchange(Fault(Kind.STALL, after_frames=1)) as served, log_in(served) as client:
+    with exchange(Fault(FaultType.STALL, after_frames=1)) as server, log_in(server) as client:
         subscribe(client)
         incoming = messages(client)
         assert next(incoming) == (TEXT, FIRST)
@@ -99,22 +99,22 @@ def test_a_stalled_connection_stays_open_and_answers_no_ping() -> None:
         client.socket.settimeout(0.3)
         with pytest.raises(websocket.WebSocketTimeoutException):
             next(incoming)
-        assert not served.finished.is_set(), "as fast as possible, the market waits"
+        assert not server.finished.is_set(), "at unlimited speed, the feed waits for a subscriber"
 
 
 def test_a_silent_connection_answers_pings_and_sends_nothing_else() -> None:
-    with exchange(Fault(Kind.SILENCE, after_frames=1)) as served, log_in(served) as client:
+    with exchange(Fault(FaultType.SILENCE, after_frames=1)) as server, log_in(server) as client:
         subscribe(client)
         incoming = messages(client)
         assert next(incoming) == (TEXT, FIRST)
         client.socket.ping(b"there?")
         assert next(incoming) == (websocket.ABNF.OPCODE_PONG, b"there?")
-        assert not served.finished.is_set(), "as fast as possible, the market waits"
+        assert not server.finished.is_set(), "at unlimited speed, the feed waits for a subscriber"
 
 
-@pytest.mark.parametrize("kind", [Kind.STALL, Kind.SILENCE])
-def test_a_stall_or_silence_can_end_by_itself(kind: Kind) -> None:
-    with exchange(Fault(kind, after_frames=1, seconds=0.1)) as served, log_in(served) as client:
+@pytest.mark.parametrize("kind", [FaultType.STALL, FaultType.SILENCE])
+def test_a_stall_or_silence_can_end_by_itself(kind: FaultType) -> None:
+    with exchange(Fault(kind, after_frames=1, seconds=0.1)) as server, log_in(server) as client:
         subscribe(client)
         assert [client.socket.recv(), client.socket.recv()] == [FIRST.decode(), SECOND.decode()]
 
@@ -122,24 +122,26 @@ def test_a_stall_or_silence_can_end_by_itself(kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("kind", "count", "bars", "other", "bad"),
     [
-        (Kind.DUPLICATE, 3, 9, 0, 0),
-        (Kind.LATE, 2, 9, 0, 0),
-        (Kind.UNKNOWN_KIND, 2, 6, 1, 0),
-        (Kind.BAD_EVENT, 2, 6, 0, 1),
-        (Kind.NOT_A_NUMBER, 2, 3, 0, 1),
-        (Kind.TRUNCATED_JSON, 2, 3, 0, 1),
-        (Kind.BROKEN_OBJECT, 3, 6, 0, 1),
-        (Kind.DEEP_NESTING, 3, 6, 0, 1),
-        (Kind.TEXT_GARBAGE, 3, 6, 0, 1),
-        (Kind.BINARY_GARBAGE, 3, 6, 0, 1),
+        (FaultType.DUPLICATE, 3, 9, 0, 0),
+        (FaultType.LATE, 2, 9, 0, 0),
+        (FaultType.UNKNOWN_KIND, 2, 6, 1, 0),
+        (FaultType.BAD_EVENT, 2, 6, 0, 1),
+        (FaultType.NOT_A_NUMBER, 2, 3, 0, 1),
+        (FaultType.TRUNCATED_JSON, 2, 3, 0, 1),
+        (FaultType.BROKEN_OBJECT, 3, 6, 0, 1),
+        (FaultType.DEEP_NESTING, 3, 6, 0, 1),
+        (FaultType.TEXT_GARBAGE, 3, 6, 0, 1),
+        (FaultType.BINARY_GARBAGE, 3, 6, 0, 1),
     ],
 )
-def test_spoilt_frames_are_sent_as_the_record_says(kind: Kind, count: int, bars: int, other: int, bad: int) -> None:
-    with exchange(Fault(kind, after_frames=1)) as served, log_in(served) as client:
+def test_the_record_has_the_corrupted_frames_as_they_were_sent(
+    kind: FaultType, count: int, bars: int, other: int, bad: int
+) -> None:
+    with exchange(Fault(kind, after_frames=1)) as server, log_in(server) as client:
         subscribe(client)
         incoming = messages(client)
         received = [next(incoming) for _ in range(count)]
-        frames = served.served[0].frames
+        frames = server.served[0].frames
         assert received == [(TEXT if frame.text else BINARY, frame.payload) for frame in frames]
         parts = [sum(map(len, part)) for part in zip(*(frame[1:4] for frame in frames), strict=True)]
         assert parts == [bars, other, bad]
@@ -147,50 +149,50 @@ def test_spoilt_frames_are_sent_as_the_record_says(kind: Kind, count: int, bars:
             assert all(part in frame.payload for part in [*frame.bars, *frame.other, *frame.bad])
 
 
-def test_the_record_says_what_certainly_arrived() -> None:
-    with exchange() as served, log_in(served) as client:
+def test_the_record_counts_the_frames_that_certainly_arrived() -> None:
+    with exchange() as server, log_in(server) as client:
         subscribe(client)
-        served.finished.wait()
-        assert (len(served.served[0].frames), served.served[0].acknowledged) == (2, 0)
+        server.finished.wait()
+        assert (len(server.served[0].frames), server.served[0].acknowledged) == (2, 0)
         client.socket.ping(b"last")
-        # Reading answers the exchange's pings, and what the exchange answers comes after what it has read.
+        # By reading, the client answers the exchange's pings. The exchange handles those answers before the next ping.
         *_, last = itertools.takewhile(lambda message: message[1] != b"last", messages(client))
         assert last == (TEXT, SECOND)
         client.socket.ping(b"now")
         assert next(messages(client)) == (websocket.ABNF.OPCODE_PONG, b"now")
-        assert served.served[0].acknowledged == 2
+        assert server.served[0].acknowledged == 2
 
 
-def test_a_client_can_be_turned_away_and_let_in_the_next_time() -> None:
-    plan = Fault(Kind.AUTH_FAILED, after_frames=0), Fault(Kind.AUTH_TIMEOUT, after_frames=0)
-    with exchange(*plan) as served:
+def test_a_client_can_be_refused_and_accepted_the_next_time() -> None:
+    plan = Fault(FaultType.AUTH_FAILED, after_frames=0), Fault(FaultType.AUTH_TIMEOUT, after_frames=0)
+    with exchange(*plan) as server:
         for status in ("auth_failed", "auth_timeout"):
-            with connect(served) as client:
+            with connect(server) as client:
                 assert client.ask("auth", "any")[0]["status"] == status
-        with log_in(served) as client:
+        with log_in(server) as client:
             subscribe(client)
 
 
-def test_a_fault_can_be_appointed_at_a_market_time() -> None:
-    faults = Faults([Fault(Kind.DROP, at_ms=START_MS + 3 * 60_000)])
-    assert faults.due(AT_A_FRAME, 99, START_MS) is None
-    assert faults.due(AT_A_FRAME, 99, START_MS + 3 * 60_000) == Fault(Kind.DROP, at_ms=START_MS + 3 * 60_000)
-    assert faults.due(AT_A_FRAME, 99, START_MS + 9 * 60_000) is None
+def test_a_fault_can_be_scheduled_at_a_market_time() -> None:
+    faults = Faults([Fault(FaultType.DROP, at_ms=START_MS + 3 * 60_000)])
+    assert faults.due(AT_FRAME, 99, START_MS) is None
+    assert faults.due(AT_FRAME, 99, START_MS + 3 * 60_000) == Fault(FaultType.DROP, at_ms=START_MS + 3 * 60_000)
+    assert faults.due(AT_FRAME, 99, START_MS + 9 * 60_000) is None
 
 
-def test_the_same_seed_gives_the_same_faults_at_about_their_rates() -> None:
-    def series(seed: int) -> list[Kind | None]:
-        faults = Faults([Fault(Kind.DROP, rate=0.1), Fault(Kind.LATE, rate=0.5)], seed)
-        due = (faults.due(AT_A_FRAME, frame, 0) for frame in range(10_000))
+def test_the_same_seed_gives_the_same_faults_at_roughly_their_rates() -> None:
+    def series(seed: int) -> list[FaultType | None]:
+        faults = Faults([Fault(FaultType.DROP, rate=0.1), Fault(FaultType.LATE, rate=0.5)], seed)
+        due = (faults.due(AT_FRAME, frame, 0) for frame in range(10_000))
         return [fault.kind if fault else None for fault in due]
 
     assert series(1) == series(1) != series(2)
-    assert 800 < series(1).count(Kind.DROP) < 1200
-    assert 4200 < series(1).count(Kind.LATE) < 4800  # half of the nine tenths that are not dropped
+    assert 800 < series(1).count(FaultType.DROP) < 1200
+    assert 4200 < series(1).count(FaultType.LATE) < 4800  # half of the 90 % that are not dropped
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("explode=1", "there is no fault 'explode'; there are drop, reset, "),
         ("drop=0.1,late", "'late' is not KIND=RATE"),
@@ -198,30 +200,30 @@ def test_the_same_seed_gives_the_same_faults_at_about_their_rates() -> None:
         ("drop=nan", "'drop=nan' is not KIND=RATE"),
     ],
 )
-def test_a_plan_that_is_none_is_refused_in_words(text: str, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_an_invalid_plan_is_refused_with_an_explanation(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Faults.parse(text)
 
 
-def test_a_plan_can_be_given_on_a_command_line() -> None:
+def test_a_plan_can_be_parsed_from_the_command_line() -> None:
     faults = Faults.parse("duplicate=1,drop=0")
-    with Exchange(FEED, speed=0, faults=faults) as served, log_in(served) as client, closing(client.socket):
+    with Exchange(FEED, speed=0, faults=faults) as server, log_in(server) as client, closing(client.socket):
         subscribe(client)
         assert client.socket.recv() == client.socket.recv()
-        assert faults.happened == {Kind.DUPLICATE: 1}
+        assert faults.happened == {FaultType.DUPLICATE: 1}
 
 
 @pytest.mark.parametrize("triggers", [{}, {"rate": 0.1, "after_frames": 3}])
 def test_a_fault_has_exactly_one_trigger(triggers: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="exactly one of rate, after_frames and at_ms"):
-        Fault(Kind.DROP, **triggers)
+        Fault(FaultType.DROP, **triggers)
 
 
-def test_a_muted_client_does_not_keep_the_exchange_from_stopping() -> None:
-    with exchange(Fault(Kind.STALL, after_frames=1)) as served, log_in(served) as client:
+def test_a_stalled_client_does_not_keep_the_exchange_from_stopping() -> None:
+    with exchange(Fault(FaultType.STALL, after_frames=1)) as server, log_in(server) as client:
         subscribe(client)
         assert client.socket.recv() == FIRST.decode()
-        stopping = threading.Thread(target=served.stop)
+        stopping = threading.Thread(target=server.stop)
         stopping.start()
         stopping.join(timeout=20)
         assert not stopping.is_alive()

@@ -1,4 +1,4 @@
-"""Flat files: read back by somebody else's reader, they say what the market's bars say."""
+"""Flat files: an independent reader finds the market's bars in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.simulator.flat_files import flat_file, publish
 from polygon_pipeline.simulator.synthetic import SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
-from polygon_pipeline_tests.simulator.support import DAY
+from polygon_pipeline_tests.support.client import DAY
 
 MARKET = SyntheticMarket(WATCH_LIST)
 
@@ -40,7 +40,7 @@ def test_duckdb_reads_back_the_days_bars_sorted_by_ticker_and_time(tmp_path: Pat
     assert any(row["volume"] % 1 for row in found), "there are fractional volumes among them"
 
 
-def test_the_text_is_as_the_vendor_writes_it() -> None:
+def test_the_text_has_the_vendors_format() -> None:
     lines = gzip.decompress(flat_file(MARKET.day_bars(DAY))).decode().splitlines()
     assert lines[0] == "ticker,volume,open,close,high,low,window_start,transactions"
     assert lines[1].startswith("AAPL,")
@@ -53,12 +53,12 @@ def test_the_same_bars_give_the_same_bytes() -> None:
     assert flat_file(shuffled) == flat_file(bars)
 
 
-def test_a_published_file_is_where_the_vendor_puts_it_and_may_be_replaced(lake: Lake) -> None:
+def test_a_published_file_has_the_vendors_key_and_may_be_replaced(lake: Lake) -> None:
     for content in (b"early", b"corrected"):
         publish(lake.store, date(2026, 1, 6), content)
         assert lake.get("us_stocks_sip/minute_aggs_v1/2026/01/2026-01-06.csv.gz") == content
 
 
-def test_a_day_without_bars_is_a_header() -> None:
+def test_the_file_of_a_day_without_bars_has_only_the_header() -> None:
     empty: pa.Table = MARKET.day_bars(DAY).slice(0, 0)
     assert gzip.decompress(flat_file(empty)).count(b"\n") == 1

@@ -1,4 +1,4 @@
-"""Replays: what was recorded is sent as it was, and nothing that was not recorded is invented."""
+"""Replays: recorded bars are sent unchanged, and fields that were not recorded are left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.replay import CsvFeed, FramesFeed, replay
-from polygon_pipeline_tests.simulator.support import collect
+from polygon_pipeline_tests.support.client import collect
 
 REAL_BARS = Path(__file__).parents[3] / "shared" / "data" / "real-bars" / "minute.csv"
 HEADER = "ticker,start_ms,open,high,low,close,volume"
@@ -36,7 +36,7 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.skipif(not REAL_BARS.exists(), reason="the real bars are not on this machine")
-def test_the_real_bars_arrive_over_the_socket_as_they_are_in_the_file() -> None:
+def test_the_real_bars_are_received_over_the_socket_as_they_are_in_the_file() -> None:
     with Exchange(CsvFeed(REAL_BARS), speed=0) as exchange:
         received, _ = collect(exchange, "AM.*")
     with REAL_BARS.open() as file:
@@ -45,7 +45,7 @@ def test_the_real_bars_arrive_over_the_socket_as_they_are_in_the_file() -> None:
     volumes: dict[object, int] = defaultdict(int)
     for event, row in zip(received, rows, strict=True):
         start_ms = int(row["start_ms"])
-        key = row["ticker"], calendar.session_date(start_ms)
+        key = row["ticker"], calendar.trade_date(start_ms)
         volumes[key] += int(row["volume"])
         assert event == {
             "ev": "AM",
@@ -61,7 +61,7 @@ def test_the_real_bars_arrive_over_the_socket_as_they_are_in_the_file() -> None:
         }
 
 
-def test_bars_of_a_file_are_sent_in_order_of_time_as_their_windows_end(tmp_path: Path) -> None:
+def test_the_bars_of_a_file_are_sent_in_order_when_their_windows_end(tmp_path: Path) -> None:
     path = write(
         tmp_path / "bars.csv",
         f"{HEADER},note\nB,61000,1,1,1,1,2.5,x\nB,60000,1,1,1,1,1,\nA,60000,1,1,1,1,1,",
@@ -75,13 +75,13 @@ def test_bars_of_a_file_are_sent_in_order_of_time_as_their_windows_end(tmp_path:
     "text",
     ["ticker,start_ms,open\nA,60000,1", f"{HEADER}\nA,60000,1,1,1,1,many", f"{HEADER}\nA,60000,1,1,1,1,"],
 )
-def test_a_file_that_is_not_one_of_bars_is_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_the_error_for_an_invalid_file_has_its_name(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"bars\.csv"):
         list(CsvFeed(write(tmp_path / "bars.csv", text)))
 
 
 @pytest.mark.parametrize("name", ["frames.jsonl", "frames.jsonl.zst"])
-def test_an_archives_aggregates_are_sent_verbatim_in_order_when_they_were_received(tmp_path: Path, name: str) -> None:
+def test_an_archives_aggregates_are_sent_verbatim_at_the_times_they_were_received(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, ARCHIVE)
     events = list(FramesFeed([path, path]))[:3]
     assert [event.payload.decode() for event in events] == [FIRST, SECOND, FIRST]
@@ -90,31 +90,33 @@ def test_an_archives_aggregates_are_sent_verbatim_in_order_when_they_were_receiv
         ("A", "BRK.B"),
         ("AM", "GTE"),
     ]
-    assert [event.emit_ms for event in events] == [1610144700250] * 3, "a clock set back does not turn the order round"
+    assert [event.emit_ms for event in events] == [1610144700250] * 3, (
+        "a clock that was set back does not change the order"
+    )
     assert len(list(FramesFeed([path, path]))) == 6
 
 
-def test_an_archive_arrives_over_the_socket(tmp_path: Path) -> None:
+def test_an_archive_is_received_over_the_socket(tmp_path: Path) -> None:
     with Exchange(replay([write(tmp_path / "frames.jsonl.zst", ARCHIVE)]), speed=0) as exchange:
         received, _ = collect(exchange, "AM.*,A.BRK.B")
     assert received == [json.loads(text) for text in (FIRST, SECOND, FIRST)]
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "message"),
     [
         ('{"frame": []}', "line 2: there is a frame but no received_at"),
         ('{"received_at": "2021-01-08T22:25:00", "frame": []}', "line 2: .*timezone"),
         ('{"received_at": "2021-01-08T22:25:00Z", "fra', "line 2: "),
     ],
 )
-def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+def test_the_error_for_an_invalid_line_has_its_number(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "frames.jsonl", f'{{"event": "connected"}}\n{line}\n')
-    with pytest.raises(ValueError, match=rf"frames\.jsonl, {complaint}"):
+    with pytest.raises(ValueError, match=rf"frames\.jsonl, {message}"):
         list(FramesFeed([path]))
 
 
-def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_damaged_archive_has_its_name(tmp_path: Path) -> None:
     path = tmp_path / "frames.jsonl.zst"
     path.write_bytes(b"not zstd at all")
     with pytest.raises(ValueError, match=r"frames\.jsonl\.zst"):

@@ -1,4 +1,4 @@
-"""The synthetic market: its bars look like bars, and its stream ends up saying what its history says."""
+"""The synthetic market: its bars are valid, and the last streamed version of each bar equals its history."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.feed import Omitting
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST, first_tickers
-from polygon_pipeline_tests.simulator.support import DAY, JsonObject
+from polygon_pipeline_tests.support.client import DAY, JsonObject
 
 EARLY_CLOSE = date(2025, 11, 28)
 TRADING_DAYS = calendar.trading_days(date(2024, 1, 1), date(2026, 1, 31))
@@ -31,14 +31,14 @@ def sent(feed: SyntheticFeed, channel: Channel) -> list[JsonObject]:
     return [json.loads(event.payload) for event in feed if event.channel is channel]
 
 
-def test_the_same_seed_tickers_and_day_give_the_same_bars_whatever_was_asked_before() -> None:
+def test_the_same_seed_tickers_and_day_give_the_same_bars_in_any_order_of_calls() -> None:
     used = market()
     used.day_bars(EARLY_CLOSE, Channel.MINUTE)
     assert used.day_bars(DAY, Channel.MINUTE).equals(market().day_bars(DAY, Channel.MINUTE))
     assert list(SyntheticFeed(used, DAY, [Channel.MINUTE])) == list(SyntheticFeed(market(), DAY, [Channel.MINUTE]))
 
 
-def test_another_seed_or_day_gives_other_bars() -> None:
+def test_a_different_seed_or_day_gives_different_bars() -> None:
     bars = market().day_bars(DAY, Channel.MINUTE)
     assert not bars.equals(market(seed=8).day_bars(DAY, Channel.MINUTE))
     closes = market().day_bars(date(2026, 1, 27), Channel.MINUTE)["close"].to_pylist()
@@ -51,7 +51,7 @@ def test_another_seed_or_day_gives_other_bars() -> None:
     seed=st.integers(0, 2**32),
     count=st.integers(1, 60),
 )
-def test_every_bar_keeps_the_rules_of_a_bar(day: date, seed: int, count: int) -> None:
+def test_every_bar_is_valid(day: date, seed: int, count: int) -> None:
     bars = SyntheticMarket(first_tickers(count), seed).day_bars(day, Channel.MINUTE).to_pandas()
     session = calendar.session(day)
     assert session
@@ -70,23 +70,25 @@ def test_every_bar_keeps_the_rules_of_a_bar(day: date, seed: int, count: int) ->
     assert bars.equals(bars.sort_values(["start_ms", "ticker"], ignore_index=True))
 
 
-def test_an_early_close_ends_regular_hours_at_one_and_the_day_at_five() -> None:
+def test_on_an_early_close_regular_hours_end_at_13_and_the_session_at_17() -> None:
     session = calendar.session(EARLY_CLOSE)
     assert session
     starts = market(("SPY",)).day_bars(EARLY_CLOSE, Channel.MINUTE)["start_ms"].to_numpy()
     assert starts.max() == session.post_close.timestamp() * 1000 - 60_000
     assert len(starts) == 13 * 60
     trades = market(("SPY",)).day_bars(EARLY_CLOSE, Channel.MINUTE)["transactions"].to_numpy()
-    assert starts[trades.argmax()] == session.close.timestamp() * 1000, "the auction prints after the bell"
+    assert starts[trades.argmax()] == session.close.timestamp() * 1000, (
+        "the closing auction is in the minute after the close"
+    )
 
 
-def test_liquid_tickers_trade_every_minute_and_quiet_ones_hardly_ever() -> None:
+def test_liquid_tickers_trade_every_minute_and_illiquid_ones_rarely() -> None:
     bars = Counter(market().day_bars(DAY, Channel.MINUTE)["ticker"].to_pylist())
     assert bars["SPY"] == 960
     assert 0 < bars["KIMpL"] < 60
 
 
-def test_a_closed_day_and_an_empty_market_are_refused() -> None:
+def test_a_closed_day_and_a_market_without_tickers_are_errors() -> None:
     with pytest.raises(ValueError, match="closed on 2026-01-25"):
         market().day_bars(date(2026, 1, 25), Channel.MINUTE)
     with pytest.raises(ValueError, match="closed on 2026-01-25"):
@@ -95,20 +97,20 @@ def test_a_closed_day_and_an_empty_market_are_refused() -> None:
         SyntheticMarket([])
 
 
-def test_a_market_in_which_nobody_trades_has_no_bars_and_sends_nothing() -> None:
-    silent = market(("KIMpL",), seed=0)
-    silent._trades_per_minute[:] = 0
-    assert silent.day_bars(DAY, Channel.MINUTE).num_rows == 0
-    assert silent.day_bars(DAY, Channel.SECOND).num_rows == 0
-    assert list(SyntheticFeed(silent, DAY)) == []
+def test_a_market_without_trades_has_no_bars_and_sends_nothing() -> None:
+    inactive = market(("KIMpL",), seed=0)
+    inactive._trades_per_minute[:] = 0
+    assert inactive.day_bars(DAY, Channel.MINUTE).num_rows == 0
+    assert inactive.day_bars(DAY, Channel.SECOND).num_rows == 0
+    assert list(SyntheticFeed(inactive, DAY)) == []
 
 
-def test_second_bars_add_up_to_the_minute_bars() -> None:
+def test_second_bars_resampled_to_minutes_equal_the_minute_bars() -> None:
     some = market(("AAPL", "BRK.B", "KIMpL", "UHT"))
     seconds = some.day_bars(DAY, Channel.SECOND).to_pandas()
     assert seconds.equals(seconds.sort_values(["start_ms", "ticker"], ignore_index=True))
     seconds["start_ms"] -= seconds.start_ms % 60_000
-    added = seconds.groupby(["start_ms", "ticker"]).agg(
+    resampled = seconds.groupby(["start_ms", "ticker"]).agg(
         open=("open", "first"),
         high=("high", "max"),
         low=("low", "min"),
@@ -117,8 +119,8 @@ def test_second_bars_add_up_to_the_minute_bars() -> None:
         transactions=("transactions", "sum"),
     )
     minutes = some.day_bars(DAY, Channel.MINUTE).to_pandas().set_index(["start_ms", "ticker"])
-    assert added.index.equals(minutes.index)
-    np.testing.assert_allclose(added, minutes[added.columns], rtol=1e-12)
+    assert resampled.index.equals(minutes.index)
+    np.testing.assert_allclose(resampled, minutes[resampled.columns], rtol=1e-12)
 
 
 @pytest.mark.parametrize("channel", list(Channel))
@@ -137,18 +139,18 @@ def test_the_last_version_sent_equals_the_days_bars(channel: Channel) -> None:
         assert event["z"] == max(1, int(bar["volume"] / bar["transactions"]))
 
 
-def test_some_bars_are_sent_early_and_again_within_15_minutes_and_the_order_is_that_of_sending() -> None:
+def test_some_bars_are_revised_within_15_minutes_and_events_are_in_the_order_of_sending() -> None:
     events = list(SyntheticFeed(market(("BRK.B", "GME", "UHT")), DAY))
     assert [event.emit_ms for event in events] == sorted(event.emit_ms for event in events)
     versions: dict[tuple[str, str, int], list[tuple[int, JsonObject]]] = {}
     for event in events:
         bar = json.loads(event.payload)
         versions.setdefault((bar["ev"], bar["sym"], bar["s"]), []).append((event.emit_ms, bar))
-    for sendings in versions.values():
-        end_ms = sendings[0][1]["e"]
-        assert end_ms <= sendings[0][0] <= end_ms + 2000
-        assert sendings[-1][0] <= end_ms + 15 * 60_000
-    revised = [sendings for sendings in versions.values() if len(sendings) > 1]
+    for sent_versions in versions.values():
+        end_ms = sent_versions[0][1]["e"]
+        assert end_ms <= sent_versions[0][0] <= end_ms + 2000
+        assert sent_versions[-1][0] <= end_ms + 15 * 60_000
+    revised = [sent_versions for sent_versions in versions.values() if len(sent_versions) > 1]
     assert 0.01 < len(revised) / len(versions) < 0.03
     for (_, early), (_, final) in revised:
         assert Decimal(early["dv"]) < Decimal(final["dv"])
@@ -156,14 +158,14 @@ def test_some_bars_are_sent_early_and_again_within_15_minutes_and_the_order_is_t
     assert len(events) == len(versions) + len(revised)
 
 
-def test_without_a_revised_share_every_bar_is_sent_once() -> None:
+def test_with_a_revised_share_of_0_every_bar_is_sent_once() -> None:
     some = market(("AAPL", "UHT"))
     feed = SyntheticFeed(some, DAY, [Channel.MINUTE], revised_share=0)
     assert len(list(feed)) == some.day_bars(DAY, Channel.MINUTE).num_rows
 
 
 @pytest.mark.parametrize("channel", list(Channel))
-def test_the_days_fields_mean_what_the_vendor_means(channel: Channel) -> None:
+def test_the_fields_of_the_day_have_the_vendors_meaning(channel: Channel) -> None:
     session = calendar.session(DAY)
     assert session
     open_ms, close_ms = session.open.timestamp() * 1000, session.close.timestamp() * 1000
@@ -171,13 +173,13 @@ def test_the_days_fields_mean_what_the_vendor_means(channel: Channel) -> None:
     for ticker in ("GME", "TCEHY"):
         events = [event for event in sent(feed, channel) if event["sym"] == ticker]
         events.sort(key=lambda event: int(event["s"]))
-        official = next(event["o"] for event in events if open_ms <= event["s"] < close_ms)
+        official_open = next(event["o"] for event in events if open_ms <= event["s"] < close_ms)
         volume = Decimal(0)
         turnover = 0.0
         for event in events:
             volume += Decimal(event["dv"])
             turnover += float(event["dv"]) * event["vw"]
-            assert event["op"] == (official if event["s"] >= open_ms else 0)
+            assert event["op"] == (official_open if event["s"] >= open_ms else 0)
             assert Decimal(event["dav"]) == volume
             assert event["av"] == int(volume)
             assert event["a"] == pytest.approx(turnover / float(volume), abs=1e-4)
@@ -185,7 +187,7 @@ def test_the_days_fields_mean_what_the_vendor_means(channel: Channel) -> None:
             assert event["e"] - event["s"] == (60_000 if channel is Channel.MINUTE else 1000)
 
 
-def test_the_fields_come_in_the_order_and_kinds_of_a_genuine_frame() -> None:
+def test_the_fields_have_the_order_and_types_of_a_real_frame() -> None:
     event = next(iter(SyntheticFeed(market(("AAPL",)), DAY, [Channel.SECOND])))
     bar = json.loads(event.payload)
     assert list(bar) == [
@@ -212,17 +214,17 @@ def test_the_fields_come_in_the_order_and_kinds_of_a_genuine_frame() -> None:
     assert "." in bar["dav"]
 
 
-def test_as_many_tickers_as_asked_for_are_all_different() -> None:
+def test_first_tickers_are_all_different() -> None:
     tickers = first_tickers(11_000)
     assert len(set(tickers)) == 11_000
     assert tickers[: len(WATCH_LIST)] == list(WATCH_LIST)
 
 
-def test_an_omitting_feed_never_sends_the_chosen_bars_in_any_revision_and_sends_all_others() -> None:
+def test_an_omitting_feed_leaves_out_all_versions_of_the_chosen_bars_and_sends_all_others() -> None:
     whole = list(SyntheticFeed(market(("KIMpL", "UHT")), DAY, [Channel.MINUTE], revised_share=0.5))
     lost = {(event.ticker, event.start_ms) for event in whole[100:110]}
     feed = Omitting(whole, lambda event: (event.ticker, event.start_ms) in lost)
     left = [event for event in whole if (event.ticker, json.loads(event.payload)["s"]) not in lost]
     assert list(feed) == left
-    assert list(feed) == left, "it can be iterated again"
-    assert len(left) < len(whole) - len(lost), "revisions were among them"
+    assert list(feed) == left, "it can be iterated more than once"
+    assert len(left) < len(whole) - len(lost), "the chosen bars include revised ones"

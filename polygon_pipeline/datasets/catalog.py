@@ -1,0 +1,234 @@
+"""The catalog: every dataset once, with what it is made of, its columns, and what it says of itself.
+
+Belongs here: names, inputs, columns (types, units, meaning) and descriptions. Everything else asks the catalog: assets,
+checks, schedules, previews and tests. Does not belong here: how rows are made (the dataset's own module).
+
+All timestamps are UTC; prices are US dollars, unadjusted; volumes are shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from polygon_pipeline.market.bars import Channel
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. type: one of the names in `_arrow_types`."""
+
+    name: str
+    type: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset, partitioned by trading day.
+
+    inputs: the datasets it is made of. columns: what its files are held against; none for what the collector keeps as
+    raw JSON. interval_minutes: the width of a resampled bar.
+    """
+
+    name: str
+    channel: Channel
+    description: str
+    inputs: tuple[Dataset, ...] = ()
+    columns: tuple[Column, ...] = ()
+    interval_minutes: int | None = None
+
+    def schema(self) -> pa.Schema:
+        """The columns as Arrow has them, each with its description as metadata."""
+        import pyarrow as pa  # takes 0.2 s, which every process of every run would pay
+
+        types = _arrow_types()
+        return pa.schema(
+            [pa.field(c.name, types[c.type], metadata={"description": c.description}) for c in self.columns]
+        )
+
+
+def _arrow_types() -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
+    return {
+        "string": pa.string(),
+        "double": pa.float64(),
+        "int64": pa.int64(),
+        "bool": pa.bool_(),
+        "date": pa.date32(),
+        "timestamp": pa.timestamp("us", tz="UTC"),
+    }
+
+
+_TICKER = Column("ticker", "string", "Symbol, in the vendor's spelling and case")
+_DATE = Column("date", "date", "Trade date, New York")
+
+_OHLCV = (
+    Column("open", "double", "First price"),
+    Column("high", "double", "Highest price"),
+    Column("low", "double", "Lowest price"),
+    Column("close", "double", "Last price"),
+    Column("volume", "double", "Shares traded, with fractions when the feed reports them"),
+    Column("vwap", "double", "Volume-weighted average price; the vendor's may lie outside low..high"),
+)
+
+RAW_BARS = Dataset(
+    "raw_bars",
+    Channel.MINUTE,
+    "Minute bars as received (channel AM), in raw-frames and raw-data. The job `collect_aggregates` fills it all day "
+    "and reports here; it cannot be materialized by hand.",
+)
+
+RAW_SECOND_BARS = Dataset(
+    "raw_second_bars",
+    Channel.SECOND,
+    "Second bars as received (channel A), in raw-frames and raw-data-second. The job `collect_aggregates` fills it "
+    "where POLYGON_CHANNELS has A; it cannot be materialized by hand.",
+)
+
+REFERENCE_BARS = Dataset(
+    "reference_bars",
+    Channel.MINUTE,
+    "The vendor's own minute bars: flat files where there are credentials for them, else REST for the tickers. Days "
+    "that the vendor does not have are not materialized. Neither are those that a schedule asked for and that were "
+    "found final and unchanged: nothing needs to follow them.",
+    columns=(
+        _TICKER,
+        Column("timestamp", "timestamp", "Start of the bar's minute"),
+        *(replace(c, description=f"{c.description}; null from flat files") if c.name == "vwap" else c for c in _OHLCV),
+        Column("transactions", "int64", "Trades in the minute"),
+        Column("received_at", "timestamp", "When the page was fetched (REST) or the file last modified (flat file)"),
+        Column("source", "string", "rest or flat_file"),
+    ),
+)
+
+_NORMALIZED = (
+    _TICKER,
+    Column("timestamp", "timestamp", "Start of the bar's window"),
+    *_OHLCV,
+    Column("day_open", "double", "The day's official open; null before 09:30 and where the feed does not say"),
+    Column("day_volume", "double", "The day's volume so far; may differ slightly from the sum of bars"),
+    Column("day_vwap", "double", "The day's VWAP so far"),
+    Column("average_trade_size", "double", "Shares per trade in the window"),
+    Column("otc", "bool", "Whether the ticker trades over the counter; null where the source does not say"),
+    Column("transactions", "int64", "Trades in the window; only the vendor's history has it, and only for its values"),
+    Column("session", "string", "pre, regular or post: the part of the trading day the window starts in"),
+    Column("revisions", "int64", "How many times the stream sent the bar; 0 where only the vendor's history has it"),
+    Column("received_at", "timestamp", "When the kept values arrived: the stream's last revision or the history's"),
+    Column("source", "string", "Where the kept values come from: websocket, rest or flat_file"),
+)
+
+NORMALIZED_BARS = Dataset(
+    "normalized_bars",
+    Channel.MINUTE,
+    "Typed minute bars from the stream and the vendor's history: one row per ticker and minute, the latest revision, "
+    "sorted by ticker and time.",
+    inputs=(RAW_BARS, REFERENCE_BARS),
+    columns=_NORMALIZED,
+)
+
+NORMALIZED_SECOND_BARS = Dataset(
+    "normalized_second_bars",
+    Channel.SECOND,
+    "Typed second bars: one row per ticker and second, the latest revision, sorted by ticker and time.",
+    inputs=(RAW_SECOND_BARS,),
+    columns=_NORMALIZED,
+)
+
+
+def _resampled(name: str, minutes: int, description: str) -> Dataset:
+    """Minute bars gathered into wider ones. minutes: a multiple of 5, and a divisor of 60."""
+    columns = (
+        _TICKER,
+        Column("timestamp", "timestamp", "Start of the bar's window, aligned to the clock"),
+        *_OHLCV,
+        Column("bar_count", "int64", "Minute bars in the window"),
+        Column("session", "string", "Part of the day of the first minute bar; the 09:00 hour holds pre and regular"),
+    )
+    return Dataset(name, Channel.MINUTE, description, (NORMALIZED_BARS,), columns, minutes)
+
+
+BARS_5M = _resampled("bars_5m", 5, "Five-minute bars, aligned to the clock.")
+BARS_15M = _resampled("bars_15m", 15, "Fifteen-minute bars, aligned to the clock.")
+BARS_1H = _resampled("bars_1h", 60, "Hourly bars, aligned to the clock.")
+
+DAILY_BARS = Dataset(
+    "daily_bars",
+    Channel.MINUTE,
+    "One row per ticker: regular-hours OHLCV and VWAP, extended-hours volume, official open.",
+    inputs=(NORMALIZED_BARS,),
+    columns=(
+        _TICKER,
+        _DATE,
+        *(replace(c, description=f"{c.description}, regular hours only") for c in _OHLCV),
+        Column("pre_market_volume", "double", "Shares traded before the regular open"),
+        Column("after_hours_volume", "double", "Shares traded after the regular close, the closing auction among them"),
+        Column("bar_count", "int64", "Regular-hours minute bars"),
+        Column("first_bar", "timestamp", "Start of the first regular-hours bar; null if there was none"),
+        Column("last_bar", "timestamp", "Start of the last regular-hours bar; null if there was none"),
+        Column("official_open", "double", "The day's official open as the feed reported it; null where it did not"),
+    ),
+)
+
+BAR_COVERAGE = Dataset(
+    "bar_coverage",
+    Channel.MINUTE,
+    "One row per ticker: minutes expected, collected, traded, lost, repaired, corrected and late. With a picture.",
+    inputs=(NORMALIZED_BARS, REFERENCE_BARS),
+    columns=(
+        _TICKER,
+        _DATE,
+        Column("expected_minutes", "int64", "Minutes of the session by the calendar, pre-market to after hours"),
+        Column("regular_minutes", "int64", "Of these, minutes of the regular session"),
+        Column("collected_minutes", "int64", "Minutes whose bar the stream sent"),
+        Column(
+            "traded_minutes", "int64", "Minutes the vendor's history has, as far as it reaches; null where it has none"
+        ),
+        Column(
+            "lost_disconnected", "int64", "Traded, not collected, while no collector was connected; with repaired ones"
+        ),
+        Column(
+            "lost_connected", "int64", "Traded, not collected, though a collector was connected; with repaired ones"
+        ),
+        Column("repaired_minutes", "int64", "Lost ones that the bars have from the vendor's history"),
+        Column("corrected_minutes", "int64", "Collected ones whose values the vendor's history replaced"),
+        Column("late_minutes", "int64", "Collected ones whose kept revision came over a minute after the bar's end"),
+        Column("unexpected_minutes", "int64", "Collected ones that the vendor's history lacks, as far as it reaches"),
+        Column("unknown_minutes", "int64", "Minutes without a bar that no history reaches: no trade or lost, unknown"),
+        Column("longest_gap_minutes", "int64", "Longest run of consecutive lost minutes, repaired ones included"),
+        Column("share", "double", "Of the traded minutes, those that the bars have, 0 to 1; null where none is known"),
+    ),
+)
+
+# In the order in which they can be made: each after its inputs.
+DATASETS = (
+    RAW_BARS,
+    RAW_SECOND_BARS,
+    REFERENCE_BARS,
+    NORMALIZED_BARS,
+    NORMALIZED_SECOND_BARS,
+    BARS_5M,
+    BARS_15M,
+    BARS_1H,
+    DAILY_BARS,
+    BAR_COVERAGE,
+)
+
+RAW = {dataset.channel: dataset for dataset in (RAW_BARS, RAW_SECOND_BARS)}
+NORMALIZED = {dataset.channel: dataset for dataset in (NORMALIZED_BARS, NORMALIZED_SECOND_BARS)}
+
+# Made from the minutes alone, all of a day in one scan (datasets.resample).
+RESAMPLED = tuple(dataset for dataset in DATASETS if dataset.interval_minutes)
+DERIVED = (*RESAMPLED, DAILY_BARS)
+
+# What follows from other datasets, and so can be out of date.
+FOLLOWING = tuple(dataset for dataset in DATASETS if dataset.inputs)
+
+
+def find(name: str) -> Dataset:
+    """Raises KeyError for a name that no dataset has."""
+    return {dataset.name: dataset for dataset in DATASETS}[name]

@@ -1,0 +1,121 @@
+"""A day's raw data and the vendor's history of it, fetched and handed to the normalization.
+
+Belongs here: finding and fetching raw-frames, raw-data and the reference, and naming the objects that could not be
+read. Does not belong here: what a normalized row is (datasets.normalize).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from pathlib import Path
+
+from polygon_pipeline.datasets.catalog import REFERENCE_BARS
+from polygon_pipeline.datasets.merge import Merge
+from polygon_pipeline.datasets.normalize import NoBars, Normalization
+from polygon_pipeline.datasets.reference import ReferenceInfo, read_reference_info
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
+from polygon_pipeline.lake.records import BarRecord, decode_record
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.calendar import trade_date
+from polygon_pipeline.polygon.messages import Arrival
+
+
+@dataclass
+class RawDay:
+    """What a day was normalized from. unreadable: keys of objects that could not be read, each with the reason.
+
+    reference: what the vendor's history of the day knows, None if the lake has none; merge: what it changed.
+    """
+
+    frame_files: int = 0
+    records: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+    reference: ReferenceInfo | None = None
+    merge: Merge = field(default_factory=Merge)
+
+
+def normalize_day(lake: Lake, day: date, channel: Channel, target: Path, folder: Path) -> RawDay:
+    """Writes a day's normalized bars to a local Parquet file, from raw-frames and the raw-data they do not cover.
+
+    The frames are the fuller record, so an object is read only where no frame has its bar: a bucket that another
+    program fills in the specified format normalizes just as well. Minute bars are merged with the lake's reference of
+    the day, which alone also makes a day that no collector recorded. folder: an empty local folder. Raises NoBars.
+    """
+    raw = RawDay()
+    with Normalization(day, channel, folder) as normalization:
+        files = _fetch_frames(lake, day, folder)
+        raw.frame_files = len(files)
+        normalization.add_frames(list(files))
+        keys = {bar: key for key in lake.keys(layout.raw_prefix(channel, day)) if (bar := layout.parse_raw_key(key))}
+        if uncovered := normalization.uncovered(keys):
+            bars = _fetch_records(lake, [keys[bar] for bar in uncovered], day, raw.unreadable)
+            raw.records = len(bars)
+            normalization.add_bars(bars)
+        if channel is REFERENCE_BARS.channel:
+            with contextlib.suppress(MissingDataset):
+                reference = fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
+                raw.reference = read_reference_info(reference)
+                normalization.add_reference(reference)
+        failure: NoBars | None = None
+        try:
+            raw.merge = normalization.write(target)
+        except NoBars as error:
+            failure = error
+        raw.unreadable |= {files[file]: reason for file, reason in normalization.unreadable.items()}
+    if failure and raw.unreadable:
+        key, reason = next(iter(raw.unreadable.items()))
+        raise NoBars(f"{failure} that can be read; {len(raw.unreadable)} cannot, such as {key}: {reason}") from failure
+    if failure:
+        raise failure
+    return raw
+
+
+def _fetch_frames(lake: Lake, day: date, folder: Path) -> dict[Path, str]:
+    """Fetches the day's raw-frames, which a local lake has where they are; returns their keys by local file."""
+    keys = lake.keys(layout.frames_prefix(day))
+    if not lake.is_s3:
+        return {lake.local_root / key: key for key in keys}
+    paths = {key: folder / f"{number:06d}.jsonl.zst" for number, key in enumerate(keys)}
+    lake.get_many(keys, lambda key, content: paths[key].write_bytes(content))
+    return {path: key for key, path in paths.items()}
+
+
+def _fetch_records(
+    lake: Lake, keys: list[str], day: date, unreadable: dict[str, str]
+) -> list[tuple[Arrival, datetime]]:
+    """Fetches raw-data objects: their bars, each with when it was collected, in the order of the keys."""
+    found: dict[str, tuple[Arrival, datetime]] = {}
+
+    def use(key: str, content: bytes) -> None:
+        try:
+            record = decode_record(content)
+        except ValueError as error:
+            unreadable[key] = str(error)
+            return
+        start_ms = record.start_ms()
+        if (record.ticker, start_ms) != layout.parse_raw_key(key) or trade_date(start_ms) != day:
+            unreadable[key] = f"the record inside is of {record.ticker} at {record.timestamp}, not what the key says"
+            return
+        found[key] = arrival(record), datetime.fromisoformat(record.collected_at)
+
+    lake.get_many(keys, use)
+    return [bar for _, bar in sorted(found.items())]
+
+
+def arrival(record: BarRecord) -> Arrival:
+    """A record's bar as the normalization takes it; a record knows nothing of the day so far."""
+    bar = record.bar_data
+    return Arrival(
+        record.ticker,
+        record.start_ms(),
+        bar.open,
+        bar.high,
+        bar.low,
+        bar.close,
+        float(bar.volume),
+        bar.vwap,
+    )

@@ -1,0 +1,221 @@
+"""A day's bars as they arrived become one typed row per ticker and window: the latest revision.
+
+Belongs here: that row, in SQL, and how archives are read, damaged ones too. Does not belong here: where the inputs come
+from (datasets.inputs), what a field of the vendor means (polygon), and merging the vendor's history (datasets.merge).
+
+Everything reads local files and writes one local Parquet file. The same input gives the same bytes: rows are sorted.
+
+How archives are read. Nearly every frame is an array of events whose fields have the types that the vendor documents;
+DuckDB reads those five times as fast as Python does.
+1. All archives at once, by the statement that writes the rows, if nothing else must be known of them first.
+2. Where something must be (which bars they have), or where that fails, into the table `arrivals`: all at once,
+3. or else one by one,
+4. or else, for the one file that DuckDB cannot read, line by line with the decoder that read the frames when they were
+   received. A bare object, a repeated key or a damaged line thus costs speed, and at most its own line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date, datetime
+from enum import Enum, auto
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from polygon_pipeline.datasets import merge
+from polygon_pipeline.datasets.merge import Merge
+from polygon_pipeline.datasets.session import THREADS, UNREADABLE, DuckSession
+from polygon_pipeline.lake import archive
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.calendar import day_bounds_ms, session
+from polygon_pipeline.polygon.messages import Arrival, decode_frame
+from polygon_pipeline.polygon.sql import ARRIVAL_COLUMNS, EVENT_CHANNEL, EVENT_START_MS, EVENTS_TYPE
+
+_OF_DAY = "{start_ms} >= $first_ms AND {start_ms} < $after_ms"
+
+_IN_ARCHIVES = f"""
+    SELECT {ARRIVAL_COLUMNS}, received_at, position
+    FROM (
+        SELECT received_at, refused, unnest(frame) AS e, generate_subscripts(frame, 1) - 1 AS position
+        FROM {archive.read_frames_sql(EVENTS_TYPE)}
+    )
+    WHERE {EVENT_CHANNEL} = $channel
+        AND {_OF_DAY.format(start_ms=EVENT_START_MS)}
+        AND (refused IS NULL OR NOT list_contains(refused, position))
+"""
+
+# position: the event's place in its frame, because a frame may hold two revisions of a bar.
+_ARRIVALS = """
+    CREATE TEMP TABLE arrivals (
+        ticker VARCHAR, start_ms BIGINT, open DOUBLE, high DOUBLE, low DOUBLE, close DOUBLE, volume DOUBLE,
+        vwap DOUBLE, day_open DOUBLE, day_volume DOUBLE, day_vwap DOUBLE, average_trade_size DOUBLE,
+        otc BOOLEAN, received_at TIMESTAMPTZ, position INTEGER
+    )
+"""
+
+# The part of the day that a start is in; regular_hours() has the parameters.
+SESSION = "CASE WHEN {start_ms} < $open_ms THEN 'pre' WHEN {start_ms} < $close_ms THEN 'regular' ELSE 'post' END"
+
+_NORMALIZED = """
+    SELECT
+        ticker,
+        to_timestamp(start_ms / 1000) AS timestamp,
+        open, high, low, close, volume, vwap, day_open, day_volume, day_vwap, average_trade_size, otc,
+        CAST(NULL AS BIGINT) AS transactions,
+        {session} AS session,
+        revisions,
+        received_at,
+        'websocket' AS source
+    FROM (SELECT *, count(*) OVER same_bar AS revisions FROM {arrivals}
+          WINDOW same_bar AS (PARTITION BY ticker, start_ms)
+          QUALIFY row_number() OVER (PARTITION BY ticker, start_ms ORDER BY received_at DESC, position DESC) = 1)
+    ORDER BY ticker, start_ms
+"""
+
+# Rows that Python hands to DuckDB at once.
+_BATCH_ROWS = 50_000
+
+
+class NoBars(Exception):
+    """There is nothing to make a dataset of."""
+
+
+class _Arrivals(Enum):
+    """Where the bars as they arrived are."""
+
+    IN_ARCHIVES = auto()  # in files that nothing has been read of
+    IN_TABLE = auto()  # in the table `arrivals`, with whatever else was added there
+
+
+class Normalization(DuckSession):
+    """One day and channel from raw to normalized. A context manager; add what there is, then write().
+
+    folder: an empty local folder for what does not fit into memory. unreadable: the files that could not be read, or
+    only in part, each with the reason; it is complete after write(). Whatever is sound in them is used all the same.
+    """
+
+    def __init__(self, day: date, channel: Channel, folder: Path) -> None:
+        super().__init__(folder)
+        self._day = day
+        self._channel = channel
+        first_ms, after_ms = day_bounds_ms(day)
+        self._bounds = {"first_ms": first_ms, "after_ms": after_ms}
+        self._arrivals = _Arrivals.IN_ARCHIVES
+        self._archives: list[Path] = []
+        self._reference: Path | None = None
+        self.unreadable: dict[Path, str] = {}
+
+    def add_frames(self, files: Sequence[Path]) -> None:
+        """Adds the bars in raw-frames files (.jsonl or .jsonl.zst)."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            errors = list(pool.map(archive.decompression_error, files))
+        damaged = [file for file, error in zip(files, errors, strict=True) if error]
+        self._archives += [file for file in files if file not in damaged]
+        if self._arrivals is _Arrivals.IN_TABLE or damaged:
+            self._read_archives()
+        for file in damaged:  # DuckDB takes the end of a cut archive for its end, and says nothing
+            self._insert_decoded(file)
+
+    def uncovered(self, bars: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Of these (ticker, start in Unix ms), the ones that no added frame has."""
+        wanted = set(bars)
+        if not wanted:
+            return []
+        self._read_archives()
+        return sorted(wanted.difference(self.rows("SELECT DISTINCT ticker, start_ms FROM arrivals")))
+
+    def add_bars(self, bars: Iterable[tuple[Arrival, datetime]]) -> None:
+        """Adds bars that are not in frames, each with the time (aware) it arrived."""
+        self._read_archives()
+        self._insert((*bar, at, 0) for bar, at in bars)
+
+    def add_reference(self, file: Path) -> None:
+        """Adds the vendor's history of the day (a reference file); write() then merges it in. Minutes only."""
+        if self._channel is not Channel.MINUTE:
+            raise ValueError(f"the reference is of minute bars, and this is channel {self._channel}")
+        self._reference = file
+
+    def write(self, target: Path) -> Merge:
+        """Writes every bar's latest revision or its reference, sorted by ticker and time. Raises NoBars without any."""
+        hours = regular_hours(self._day)
+        if self._arrivals is _Arrivals.IN_ARCHIVES and self._archives:
+            # Everything in one statement, without a table between: a third less time, and less memory.
+            with contextlib.suppress(*UNREADABLE):
+                return self._write(f"({_IN_ARCHIVES})", target, hours, self._archive_parameters(self._archives))
+        self._read_archives()
+        return self._write("arrivals", target, hours, {})
+
+    def _write(self, arrivals: str, target: Path, hours: Mapping[str, object], archives: Mapping[str, object]) -> Merge:
+        """hours, archives: the parameters of SESSION and of _IN_ARCHIVES."""
+        stream = _NORMALIZED.format(arrivals=arrivals, session=SESSION.format(start_ms="start_ms"))
+        if self._reference is None:
+            rows, merged = self.copy(stream, target, {**hours, **archives}), Merge()
+        else:
+            self.rows(f"CREATE OR REPLACE TEMP TABLE stream AS {stream}", {**hours, **archives})
+            self.view("reference", self._reference)
+            self.rows(merge.PAIRS)
+            query = merge.MERGED.format(session=SESSION.format(start_ms="epoch_ms(timestamp)"))
+            rows, merged = self.copy(query, target, hours), merge.count(self)
+        if not rows:
+            target.unlink()
+            raise NoBars(f"there are no raw bars of {self._day}")
+        return merged
+
+    def _read_archives(self) -> None:
+        """Moves on to IN_TABLE: what was added so far is read into it."""
+        if self._arrivals is _Arrivals.IN_ARCHIVES:
+            self.rows(_ARRIVALS)
+            self._arrivals = _Arrivals.IN_TABLE
+        archives, self._archives = self._archives, []
+        if archives and not self._insert_archives(archives):
+            for file in archives:
+                if not self._insert_archives([file]):
+                    self._insert_decoded(file)
+
+    def _insert_archives(self, files: Sequence[Path]) -> bool:
+        """Whether DuckDB could read these archives; if not, nothing of them was added."""
+        try:
+            self.rows(f"INSERT INTO arrivals {_IN_ARCHIVES}", self._archive_parameters(files))
+        except UNREADABLE:
+            return False
+        return True
+
+    def _insert_decoded(self, file: Path) -> None:
+        """Reads an archive line by line, as far as it can be read."""
+        errors: list[str] = []
+        self._insert(self._decoded(archive.read_frames(file, errors.append)))
+        if errors:
+            self.unreadable[file] = errors[0] + (f"; and {len(errors) - 1} more lines" if len(errors) > 1 else "")
+
+    def _decoded(self, frames: Iterable[archive.ArchivedFrame]) -> Iterator[tuple[Any, ...]]:
+        """The bars in frames, with the time they arrived and their place in the frame."""
+        for frame in frames:
+            bars = decode_frame(frame.accepted(), frame.received_at).arrivals(self._channel)
+            for position, bar in enumerate(bars):
+                yield (*bar, frame.received_at, position)
+
+    def _insert(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Adds those rows to the table `arrivals` that are of the day, some at a time."""
+        import pyarrow as pa
+
+        names = [*Arrival._fields, "received_at", "position"]
+        remaining = iter(rows)
+        while batch := list(islice(remaining, _BATCH_ROWS)):
+            columns = [pa.array(column) for column in zip(*batch, strict=True)]
+            self.connection.register("batch", pa.table(columns, names))
+            self.rows(f"INSERT INTO arrivals FROM batch WHERE {_OF_DAY.format(start_ms='start_ms')}", self._bounds)
+            self.connection.unregister("batch")
+
+    def _archive_parameters(self, files: Sequence[Path]) -> dict[str, object]:
+        return {"files": [str(file) for file in files], "channel": str(self._channel), **self._bounds}
+
+
+def regular_hours(day: date) -> dict[str, int]:
+    """The parameters of SESSION. Raises NoBars for a day that is no trading day."""
+    found = session(day)
+    if found is None:
+        raise NoBars(f"{day} is not a trading day")
+    return {"open_ms": int(found.open.timestamp()) * 1000, "close_ms": int(found.close.timestamp()) * 1000}

@@ -1,0 +1,210 @@
+"""The vendor's own history of a day: rows made from a flat file or from REST answers, and what a file says of itself.
+
+Belongs here: those rows, in SQL. Does not belong here: fetching (datasets.reference_sources, polygon), and what is made
+of the rows (datasets.merge, datasets.coverage).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime
+from pathlib import Path
+
+import msgspec
+
+from polygon_pipeline.datasets.session import INVALID, DuckSession
+from polygon_pipeline.lake.archive import unpacked
+from polygon_pipeline.market.calendar import day_bounds_ms
+from polygon_pipeline.polygon.flat_files import FLAT_FILE_COLUMNS
+from polygon_pipeline.polygon.rest import Page
+from polygon_pipeline.polygon.sql import FLAT_FILE_START_MS, HISTORY_BAR_COLUMNS, HISTORY_BARS_TYPE
+
+# A bar without these is no bar: better no reference than one that says less than it seems to. In one CASE, because
+# the parts of a condition are evaluated in any order.
+_IF_WHOLE = """
+    CASE
+        WHEN ticker IS NULL OR start_ms IS NULL OR open IS NULL OR high IS NULL OR low IS NULL OR close IS NULL
+            OR volume IS NULL THEN error('a bar of ' || coalesce(ticker, 'no ticker') || ' lacks a value')
+        ELSE {wanted}
+    END
+"""
+
+_FROM_FLAT_FILE = f"""
+    SELECT
+        ticker, to_timestamp(start_ms // 1000) AS timestamp, open, high, low, close, volume,
+        CAST(NULL AS DOUBLE) AS vwap, transactions, $received_at AS received_at, 'flat_file' AS source
+    FROM (
+        SELECT *, {FLAT_FILE_START_MS} AS start_ms
+        FROM read_csv($file, auto_detect = false, header = true, columns = $columns)
+    )
+    WHERE {_IF_WHOLE.format(wanted="start_ms >= $first_ms AND start_ms < $after_ms")}
+    ORDER BY ticker, start_ms
+"""
+
+# The lines that page_line() makes.
+_READ_PAGES = f"""
+    CREATE TEMP TABLE pages AS
+    SELECT ticker, fetched_at, bar, {HISTORY_BAR_COLUMNS}
+    FROM (
+        SELECT ticker, fetched_at, unnest(bars) AS bar
+        FROM read_json(
+            $files,
+            format = 'newline_delimited',
+            columns = {{ticker: 'VARCHAR', fetched_at: 'TIMESTAMPTZ', bars: '{HISTORY_BARS_TYPE}'}}
+        )
+    )
+    WHERE {_IF_WHOLE.format(wanted="list_contains($tickers::VARCHAR[], ticker)")}
+"""
+
+# Of two pages with the same bar the later fetched wins; the values decide only between pages of the same microsecond.
+_FROM_PAGES = """
+    SELECT
+        ticker, to_timestamp(start_ms / 1000) AS timestamp, open, high, low, close, volume, vwap, transactions,
+        fetched_at AS received_at, 'rest' AS source
+    FROM pages
+    WHERE start_ms >= $first_ms AND start_ms < least($after_ms, $until_ms)
+    QUALIFY row_number() OVER (PARTITION BY ticker, start_ms ORDER BY fetched_at DESC, bar DESC) = 1
+    ORDER BY ticker, start_ms
+"""
+
+_COMPARED = "ticker, timestamp, open, high, low, close, volume, vwap, transactions, source"
+
+
+class UnreadableReference(Exception):
+    """What was fetched cannot be made a reference of; fetching the same again cannot help."""
+
+
+class ReferenceInfo(msgspec.Struct, frozen=True):
+    """What a reference file knows, kept in its key-value metadata.
+
+    source: rest or flat_file. tickers: those asked for, with or without bars; None for the whole market. until_ms:
+    bars that start before this (Unix ms) are known. etag: the flat file's.
+    """
+
+    source: str
+    tickers: tuple[str, ...] | None
+    until_ms: int
+    etag: str | None
+
+
+def from_flat_file(
+    day: date, file: Path, last_modified: datetime, etag: str | None, target: Path, folder: Path
+) -> None:
+    """Writes a day's reference from the vendor's CSV (.csv.gz).
+
+    folder: an empty local folder. Raises UnreadableReference if the file is damaged, has other columns than
+    FLAT_FILE_COLUMNS, or no bar of the day.
+    """
+    if last_modified.tzinfo is None:
+        raise ValueError(f"last_modified is {last_modified}, which has no time zone")
+    first_ms, after_ms = day_bounds_ms(day)
+    # Unpacked first: the checksum is verified, which DuckDB leaves out, and plain text is read by several threads.
+    plain = folder / "flat-file.csv"
+    with plain.open("wb") as content:
+        for chunk in _unpacked(file):
+            content.write(chunk)
+    with plain.open(encoding="utf-8", errors="replace") as lines:
+        columns = lines.readline(4096).strip().split(",")
+    if columns != list(FLAT_FILE_COLUMNS):
+        raise UnreadableReference(
+            f"{file} has the columns {', '.join(columns)}, but {', '.join(FLAT_FILE_COLUMNS)} were expected"
+        )
+    parameters = {
+        "file": str(plain),
+        "columns": FLAT_FILE_COLUMNS,
+        "received_at": last_modified,
+        "first_ms": first_ms,
+        "after_ms": after_ms,
+    }
+    info = ReferenceInfo("flat_file", None, after_ms, etag)
+    with DuckSession(folder) as session, _readable(str(file)):
+        rows = session.copy(_FROM_FLAT_FILE, target, parameters, _metadata(info))
+    plain.unlink()
+    if not rows:
+        raise UnreadableReference(f"{file} has no bar of {day}; is it another day's file?")
+
+
+def page_line(page: Page) -> bytes:
+    """A REST answer as it waits on disk, one line of JSON; its bars are as the vendor sent them."""
+    head = msgspec.json.encode({"ticker": page.ticker, "fetched_at": page.fetched_at})
+    bars = page.content.replace(b"\r", b" ").replace(b"\n", b" ")  # between tokens, as JSON has none inside of them
+    return head[:-1] + b',"bars":' + bars + b"}\n"
+
+
+class Pages(DuckSession):
+    """REST answers (lines of page_line, .jsonl or .jsonl.zst), read once for all their days.
+
+    A context manager. tickers: those that were asked for, with or without bars; what else there is is left out.
+    folder: an empty local folder for what does not fit into memory. Raises UnreadableReference if a file is damaged.
+    """
+
+    def __init__(self, files: Sequence[Path], tickers: Sequence[str], folder: Path) -> None:
+        if not files:
+            raise ValueError("there are no pages to make a reference from")
+        for file in files:
+            for _ in _unpacked(file):  # DuckDB takes the end of a cut archive for its end
+                pass
+        super().__init__(folder)
+        self._tickers = tuple(sorted(tickers))
+        with _readable(f"the {len(files)} files of pages"):
+            self.rows(_READ_PAGES, {"files": [str(file) for file in files], "tickers": list(tickers)})
+
+    def write(self, day: date, until_ms: int, target: Path) -> None:
+        """Writes a day's reference.
+
+        Bars that start at until_ms (Unix ms) or later are left out, since nothing is claimed to be known of them.
+        Tickers may be without any bar, even all of them: they did not trade.
+        """
+        first_ms, after_ms = day_bounds_ms(day)
+        info = ReferenceInfo("rest", self._tickers, until_ms, None)
+        parameters = {"until_ms": until_ms, "first_ms": first_ms, "after_ms": after_ms}
+        self.copy(_FROM_PAGES, target, parameters, _metadata(info))
+
+
+def read_reference_info(file: Path) -> ReferenceInfo:
+    """What a reference file says of itself. Raises UnreadableReference if it says nothing."""
+    import pyarrow.parquet as pq
+
+    content = (pq.read_metadata(file).metadata or {}).get(b"reference")
+    if content is None:
+        raise UnreadableReference(f"{file} has no key-value metadata `reference`; it is no reference file")
+    return msgspec.json.decode(content, type=ReferenceInfo)
+
+
+def same_bars(old: Path, new: Path) -> bool:
+    """Whether two reference files say the same, whenever they were received."""
+
+    def known(file: Path) -> ReferenceInfo:
+        return msgspec.structs.replace(read_reference_info(file), etag=None)
+
+    if known(old) != known(new):
+        return False
+    # Rows are unique, so with as many of them one direction is enough.
+    query = f"""
+        SELECT (SELECT count(*) FROM read_parquet($old)) = (SELECT count(*) FROM read_parquet($new)) AND NOT EXISTS (
+            SELECT {_COMPARED} FROM read_parquet($old) EXCEPT SELECT {_COMPARED} FROM read_parquet($new)
+        )
+    """
+    with DuckSession() as session:
+        [(same,)] = session.rows(query, {"old": str(old), "new": str(new)})
+    return bool(same)
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except INVALID as error:
+        raise UnreadableReference(f"{what} cannot be read: {error}") from error
+
+
+def _metadata(info: ReferenceInfo) -> dict[str, str]:
+    return {"reference": msgspec.json.encode(info).decode()}
+
+
+def _unpacked(file: Path) -> Iterator[bytes]:
+    try:
+        yield from unpacked(file)
+    except OSError as error:
+        raise UnreadableReference(f"{file} is damaged: {error}") from error

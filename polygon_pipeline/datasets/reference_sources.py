@@ -1,0 +1,264 @@
+"""Fetches the vendor's history of trading days: from flat files or REST, each day as soon as it is whole.
+
+Belongs here: which source serves a day, keeping what was fetched until a day is whole, and whether it differs from what
+the lake has. Does not belong here: requests (polygon.rest, polygon.flat_files), rows (datasets.reference), and storing
+the result (defs.writer).
+
+A day whose flat file is due comes from there, whole market in one object. Any other day comes from REST, ticker by
+ticker, and many days at a time: an answer holds some fifty of them. Every ticker's answers are kept below `staging`
+until all of their days are stored, so that a run that was cut goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from polygon_pipeline.datasets import reference
+from polygon_pipeline.datasets.catalog import REFERENCE_BARS
+from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
+from polygon_pipeline.lake.ledger import market_time, read_ledgers
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.calendar import day_bounds_ms, session, trading_days
+from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
+from polygon_pipeline.polygon.flat_files import expected_at, fetch_flat_file
+from polygon_pipeline.polygon.rest import Page, RestHistory, seconds_left
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+# An answer holds 50,000 bars; an extended session has at most 960.
+DAYS_PER_REQUEST = 50
+# A bar is final when its revisions are in, which takes about a quarter of an hour; and plans may be 15 minutes late.
+SETTLED = timedelta(minutes=16)
+# Answers kept from an earlier run are used again for so long.
+_STAGED_FOR = timedelta(hours=6)
+# Longer than anyone would wait for: a whole market by a free plan's requests.
+_LONGEST_SECONDS = 12 * 3600.0
+_REPORT_EVERY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where history comes from. flat_files: the vendor's bucket, where there are credentials for it. tickers: which to
+    ask REST for, `("*",)` for all that traded."""
+
+    rest: RestHistory
+    flat_files: ObjectStore | None
+    tickers: tuple[str, ...]
+    requests_per_second: float
+    staging: Path
+
+
+class FetchedDay(NamedTuple):
+    """A day of the reference. file: local, until the next day is asked for. is_new: whether it says something else than
+    the lake's file, or the lake has none: then it is to be stored."""
+
+    day: date
+    file: Path
+    info: reference.ReferenceInfo
+    is_new: bool
+
+
+class FailedDay(NamedTuple):
+    """A day that could not be had. problem: HistoryRefused, NotYetPublished, HistoryUnavailable or
+    UnreadableReference."""
+
+    day: date
+    problem: Exception
+
+
+_PROBLEMS = (HistoryRefused, HistoryUnavailable, NotYetPublished, reference.UnreadableReference)
+
+
+def fetch_days(
+    lake: Lake, days: Sequence[date], sources: Sources, folder: Path, now: datetime, report: Callable[[str], object]
+) -> Iterator[FetchedDay | FailedDay]:
+    """Fetches trading days, each as soon as it is whole. The caller stores a new one before it asks for the next.
+
+    folder: an empty local folder. now: aware. report: called with what to log, the time left among it. A day that
+    cannot be had is given with its problem, and the others go on; store errors are raised.
+    """
+    by_rest = []
+    for day in sorted(days):
+        if sources.flat_files is None or now < expected_at(day):
+            by_rest.append(day)
+            continue
+        try:
+            yield _from_flat_file(lake, day, sources.flat_files, _new(folder, day), now)
+        except _PROBLEMS as problem:
+            yield FailedDay(day, problem)
+    for span in _spans(by_rest):
+        try:
+            yield from _from_rest(lake, span, sources, folder, now, report)
+        except _PROBLEMS as problem:
+            if isinstance(problem, reference.UnreadableReference):
+                shutil.rmtree(_staging(sources, span))  # or it would be read again, and again in vain
+            yield from (FailedDay(day, problem) for day in span)
+
+
+def _from_flat_file(lake: Lake, day: date, store: ObjectStore, folder: Path, now: datetime) -> FetchedDay:
+    old = _existing(lake, day, folder)
+    info = reference.read_reference_info(old) if old else None
+    packed, made = folder / "flat-file.csv.gz", folder / "made.parquet"
+    found = fetch_flat_file(store, day, packed, known_etag=info.etag if info else None, now=now)
+    if found is None:
+        assert old
+        assert info
+        return FetchedDay(day, old, info, is_new=False)
+    reference.from_flat_file(day, packed, found.last_modified, found.etag, made, folder)
+    return FetchedDay(day, made, reference.read_reference_info(made), is_new=True)
+
+
+def _from_rest(
+    lake: Lake, days: Sequence[date], sources: Sources, folder: Path, now: datetime, report: Callable[[str], object]
+) -> Iterator[FetchedDay]:
+    tickers = _tickers(days, sources)
+    needed = seconds_left(0, len(tickers), 0, sources.requests_per_second)
+    if needed > _LONGEST_SECONDS:
+        raise HistoryRefused(
+            f"{len(tickers)} tickers by REST would take {_duration(needed)} for {days[0]} to {days[-1]}. Set "
+            "POLYGON_FLAT_FILES_KEY_ID and POLYGON_FLAT_FILES_SECRET for the whole market, name fewer "
+            "POLYGON_TICKERS, or raise POLYGON_REST_REQUESTS_PER_MINUTE to what the plan allows."
+        )
+    staging = _staging(sources, days)
+    ledgers = read_ledgers(lake, days[-1]).ledgers
+    files = _stage(tickers, days, sources, staging, market_time(ledgers, now), report)
+    asked_at = market_time(ledgers, min(_asked_at(file) for file in files))
+    with reference.Pages(files, tickers, folder) as pages:
+        for day in days:
+            scratch = _new(folder, day)
+            made = scratch / "made.parquet"
+            pages.write(day, _until_ms(day, asked_at), made)
+            old = _existing(lake, day, scratch)
+            info = reference.read_reference_info(old) if old else None
+            if old and info and (info.source == "flat_file" or reference.same_bars(old, made)):
+                # A flat file has the whole market, so a few tickers' answers are no replacement.
+                yield FetchedDay(day, old, info, is_new=False)
+                continue
+            yield FetchedDay(day, made, reference.read_reference_info(made), is_new=True)
+    shutil.rmtree(staging)
+
+
+def _spans(days: Sequence[date]) -> Iterator[list[date]]:
+    """The days, sorted, in groups that one answer each holds with all the days between."""
+    span: list[date] = []
+    for day in days:
+        if span and len(trading_days(span[0], day)) > DAYS_PER_REQUEST:
+            yield span
+            span = []
+        span.append(day)
+    if span:
+        yield span
+
+
+def _stage(
+    tickers: Sequence[str],
+    days: Sequence[date],
+    sources: Sources,
+    staging: Path,
+    now: datetime,
+    report: Callable[[str], object],
+) -> list[Path]:
+    """Fetches every ticker's answers into a file of its own, unless an earlier run has; returns the files.
+
+    Answers that an earlier run got before the last day was over are not used: there is more by now.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    staged = {file.name.partition("@")[0]: file for file in staging.glob("*.jsonl")}
+    for name, file in list(staged.items()):
+        asked_at = _asked_at(file)
+        if now - asked_at > _STAGED_FOR or not _is_over(days[-1], min(asked_at, now)):
+            file.unlink()
+            del staged[name]
+    missing = [ticker for ticker in tickers if _name(ticker) not in staged]
+    if staged and missing:
+        report(f"{len(staged)} of {len(tickers)} tickers were fetched by an earlier run that was cut")
+    lines: dict[str, list[bytes]] = {}
+    first_asked: dict[str, datetime] = {}
+    reported = time.monotonic()
+
+    def use(page: Page) -> None:
+        lines.setdefault(page.ticker, []).append(reference.page_line(page))
+        asked_at = first_asked.setdefault(page.ticker, page.fetched_at)
+        if page.is_last:
+            name = _name(page.ticker)
+            part = staging / f"{name}.part"
+            part.write_bytes(b"".join(lines.pop(page.ticker)))
+            staged[name] = part.rename(staging / f"{name}@{int(asked_at.timestamp() * 1000)}.jsonl")
+
+    def progress(done: int, total: int, seconds: float) -> None:
+        nonlocal reported
+        if done == total or time.monotonic() - reported >= _REPORT_EVERY_SECONDS:
+            reported = time.monotonic()
+            report(f"{days[0]} to {days[-1]}: {done} of {total} tickers fetched, about {_duration(seconds)} left")
+
+    if missing:
+        pace = _duration(seconds_left(0, len(missing), 0, sources.requests_per_second))
+        report(f"asking REST for {len(missing)} tickers from {days[0]} to {days[-1]}: {pace} at the plan's pace")
+        sources.rest.fetch_many(missing, days[0], days[-1], use, progress)
+    return [staged[_name(ticker)] for ticker in tickers]
+
+
+def _tickers(days: Sequence[date], sources: Sources) -> list[str]:
+    if sources.tickers != ("*",):
+        return sorted(sources.tickers)
+    traded = {ticker for day in days for ticker in sources.rest.traded_tickers(day)}
+    if not traded:
+        raise NotYetPublished(f"The vendor does not say yet which tickers traded from {days[0]} to {days[-1]}.")
+    return sorted(traded)
+
+
+def _until_ms(day: date, asked_at: datetime) -> int:
+    """Before which start a day's bars are known that were asked for then."""
+    if _is_over(day, asked_at):
+        return day_bounds_ms(day)[1]
+    settled = asked_at - SETTLED
+    return int(settled.replace(second=0, microsecond=0).timestamp()) * 1000
+
+
+def _is_over(day: date, asked_at: datetime) -> bool:
+    """Whether all of a day's bars were final when they were asked for."""
+    found = session(day)
+    return found is None or found.post_close + SETTLED <= asked_at
+
+
+def _existing(lake: Lake, day: date, folder: Path) -> Path | None:
+    try:
+        return fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
+    except MissingDataset:
+        return None
+
+
+def _new(folder: Path, day: date) -> Path:
+    """An empty folder for a day; the one before is removed, so that a long range needs no more disk than a day."""
+    for old in folder.glob("day-*"):
+        shutil.rmtree(old)
+    made = folder / f"day-{day}"
+    made.mkdir()
+    return made
+
+
+def _staging(sources: Sources, days: Sequence[date]) -> Path:
+    return sources.staging / f"{days[0]}_{days[-1]}"
+
+
+def _name(ticker: str) -> str:
+    return quote(ticker, safe="")
+
+
+def _asked_at(file: Path) -> datetime:
+    """When the first of a staged file's answers was asked for, which its name says."""
+    return datetime.fromtimestamp(int(file.stem.rpartition("@")[2]) / 1000, UTC)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,149 @@
+"""The life of run processes: signals to them, runs whose process is lost, processes that nobody manages any more.
+
+Belongs here: what a process or Dagster's instance must be asked. Does not belong here: who asks (collect, sensors), and
+when a collector counts as lost (collector.launching, collector.lease).
+
+Dagster's default launcher starts a process per run and never looks at it again: a run whose process is killed stays
+STARTED for ever. The other launchers have health checks of their own.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Self
+
+import dagster as dg
+
+from polygon_pipeline.collector.launching import why_lost
+from polygon_pipeline.collector.lease import process_start, read_lease
+from polygon_pipeline.lake.store import Lake
+
+STOPPED_TAG = "polygon_pipeline/stopped_by"
+TERMINATED_BY_HAND = "terminate"
+LOST = "death"
+
+# A run in one of these states has a process, or is about to get or to end one.
+_MANAGED = {dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING}
+_LOOK_AT_RUN_SECONDS = 5.0
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag and lets the second through; a context manager."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.received:
+            raise dg.DagsterExecutionInterruptedError
+        self.received = True
+
+
+def orphan_watch(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Callable[[], bool]:
+    """A function that says whether this process has become an orphan: it would go on beside its successor.
+
+    That is when its run was ended from outside (it was taken for lost, say), or when the process that launched it is
+    gone. A run started on the command line may outlive its shell.
+    """
+    parent = os.getppid() if run.remote_job_origin else None
+    looked = time.monotonic()
+
+    def is_orphan() -> bool:
+        nonlocal looked
+        if parent is not None and os.getppid() != parent:
+            return True
+        if time.monotonic() < looked + _LOOK_AT_RUN_SECONDS:
+            return False
+        looked = time.monotonic()
+        current = instance.get_run_by_id(run.run_id)
+        return current is None or current.status not in _MANAGED
+
+    return is_orphan
+
+
+def report_canceling(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
+    """Lets the interruption that follows end the run as canceled; without it Dagster would call it a failure.
+
+    A run that somebody terminates is to stay ended, and so it is tagged; one whose process gets a signal alone goes on
+    with the next start of Dagster.
+    """
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.is_finished:
+        return
+    if run.status is dg.DagsterRunStatus.CANCELING:
+        instance.add_run_tags(run_id, {STOPPED_TAG: TERMINATED_BY_HAND})
+    else:
+        instance.report_run_canceling(run, message=f"The collector ends: {reason}.")
+
+
+def fail_lost_collectors(instance: dg.DagsterInstance, job_name: str, lake: Lake, log: logging.Logger) -> int:
+    """Reports collector runs failed that are lost, by the lake's lease; returns how many. Raises the store's errors."""
+    started = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+    records = instance.get_run_records(dg.RunsFilter(job_name=job_name, statuses=started))
+    lease = read_lease(lake) if records else None
+    failed = 0
+    for record in records:
+        run = record.dagster_run
+        began = datetime.fromtimestamp(record.start_time, UTC) if record.start_time else record.create_timestamp
+        if cause := why_lost(datetime.now(UTC), run.run_id, began, lease):
+            message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
+            log.warning(f"run {run.run_id}: {message}")
+            instance.add_run_tags(run.run_id, {STOPPED_TAG: LOST})
+            instance.report_run_failed(run, message)
+            failed += 1
+    return failed
+
+
+def fail_killed_runs(instance: dg.DagsterInstance, but: str, log: logging.Logger) -> int:
+    """Reports runs of the default launcher failed whose process was killed; returns how many. but: a job left alone.
+
+    Their processes are known, and are on this machine. Dagster then tries the runs again (run_retries), and a backfill
+    goes on where it was.
+    """
+    if not isinstance(instance.run_launcher, dg.DefaultRunLauncher):
+        return 0
+    failed = 0
+    for record in instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        run = record.dagster_run
+        if run.job_name == but:
+            continue
+        pid = _process_of(instance, run.run_id)
+        if pid and not _is_alive(pid, record.start_time or 0.0):
+            log.warning(f"run {run.run_id}: its process {pid} is gone")
+            instance.report_run_failed(run, f"The run's process {pid} is gone: it was killed, or the machine.")
+            failed += 1
+    return failed
+
+
+def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:
+    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
+        event = entry.dagster_event
+        pid = event.engine_event_data.metadata.get("pid") if event else None
+        if pid is not None and str(pid.value).isdigit():
+            return int(str(pid.value))
+    return None
+
+
+def _is_alive(pid: int, run_started: float) -> bool:
+    """Whether the process is there and is the run's: after a restart of the machine the id may be another's."""
+    ticks = process_start(pid)
+    if not ticks:
+        return ticks is not None
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age < run_started + 1

@@ -1,0 +1,315 @@
+"""The ledger, `ledger/YYYY-MM-DD/RUN.json`: a run's account as it is kept, and what follows from the ledgers of a day.
+
+Belongs here: what is stored, reading it, whether it balances, and when collectors were connected. Does not belong here:
+counting (collector.accounting).
+
+    events = bars + statuses + other events + quarantined                          in every run
+    bars   = objects + revisions                                                   for every day and channel
+                                                                                   of a run that writes objects
+
+objects: bars whose object did not exist before this run; revisions: bars that replaced an object's earlier revision
+(or were replaced by a later one before they were written). So the objects of all runs of a day are the objects on
+the lake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, date, datetime, timedelta
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
+
+# Which time tells what a connection covered. "processing": the clock, because a minute's bar comes within seconds of
+# the minute's end. "event": the bars' own, because the feed plays a past day, faster than the clock (a simulator).
+TimeBase = Literal["processing", "event"]
+
+_MINUTE_TOPICS = f"{Channel.MINUTE}."
+_MINUTE = timedelta(minutes=1)
+_LATEST_DELIVERY = timedelta(seconds=5)
+
+
+class Connection(msgspec.Struct):
+    """A time in which bars flowed. until: None while it lasts.
+
+    first_bar_ms, last_bar_ms: the starts (Unix ms) of the newest bar in its first frame and of the newest of all.
+    """
+
+    since: datetime
+    until: datetime | None = None
+    ended_by: str = ""
+    first_bar_ms: int | None = None
+    last_bar_ms: int | None = None
+
+
+class Gap(msgspec.Struct):
+    """A time between two connections, in which bars may have been lost: nothing is replayed.
+
+    first_minute, last_minute: the starts of the minute bars that were due in it; None where none was.
+    """
+
+    start: datetime
+    end: datetime | None
+    cause: str
+    first_minute: datetime | None = None
+    last_minute: datetime | None = None
+
+
+class DayCount(msgspec.Struct):
+    """The bars of one trade date and channel."""
+
+    bars: int = 0
+    objects: int = 0
+    revisions: int = 0
+
+
+class Account(msgspec.Struct):
+    """What a run received, published so far. days: trade date, then channel."""
+
+    frames: int = 0
+    events: int = 0
+    bars: int = 0
+    statuses: int = 0
+    other: dict[str, int] = msgspec.field(default_factory=dict)
+    quarantined: int = 0
+    torn_bytes: int = 0
+    days: dict[date, dict[Channel, DayCount]] = msgspec.field(default_factory=dict)
+    connections: list[Connection] = msgspec.field(default_factory=list)
+    warnings: list[str] = msgspec.field(default_factory=list)
+    last_received_at: datetime | None = None
+    ended_by: str = ""
+
+    def day(self, day: date, channel: Channel) -> DayCount:
+        """The count of a trade date and channel, which may be added to."""
+        return self.days.setdefault(day, {}).setdefault(channel, DayCount())
+
+    def gaps(self, time_base: TimeBase) -> list[Gap]:
+        """The times between connections; the last is open while the run is not connected."""
+        return [
+            _gap(connection, following, time_base)
+            for connection, following in zip(self.connections, [*self.connections[1:], None], strict=False)
+            if connection.until and (following or not self.ended_by)
+        ]
+
+    def imbalance(self, write_objects: bool) -> list[str]:
+        """What does not add up, in words; empty when the account balances."""
+        errors = []
+        parts = self.bars + self.statuses + sum(self.other.values()) + self.quarantined
+        if self.events != parts:
+            errors.append(f"{self.events} events came in, but {parts} are accounted for")
+        by_day = sum(count.bars for channels in self.days.values() for count in channels.values())
+        if by_day != self.bars:
+            errors.append(f"{self.bars} bars came in, but {by_day} are accounted for by day")
+        if write_objects:
+            errors += [
+                f"{day} {channel}: {count.bars} bars, but {count.objects} objects and {count.revisions} superseded "
+                "revisions"
+                for day, channels in self.days.items()
+                for channel, count in channels.items()
+                if count.bars != count.objects + count.revisions
+            ]
+        return errors
+
+
+class Ledger(msgspec.Struct):
+    """complete: the run is over and published. topics: its subscriptions, such as `AM.SPY`."""
+
+    run: str
+    feed: str
+    session_date: date
+    started_at: datetime
+    complete: bool
+    write_objects: bool
+    write_frames: bool
+    imbalance: list[str]
+    account: Account
+    gaps: list[Gap]
+    topics: tuple[str, ...] = ()
+    time_base: TimeBase | None = None
+
+    def __post_init__(self) -> None:
+        if self.time_base is None:  # ledgers from before it was kept; only simulators played past days
+            self.time_base = "event" if self.feed == "simulated" else "processing"
+
+
+class DayLedgers(NamedTuple):
+    """The accounts of all runs that got bars of a day. unreadable: the keys of others, each with the reason."""
+
+    ledgers: list[Ledger]
+    unreadable: dict[str, str]
+
+
+class Balance(NamedTuple):
+    """A day's account over all its runs. objects_on_lake beyond objects_counted are other writers'."""
+
+    errors: list[str]
+    runs: int
+    bars: int
+    quarantined: int
+    gaps: int
+    objects_counted: int
+    objects_on_lake: int
+
+
+def encode_ledger(ledger: Ledger) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(ledger), indent=2)
+
+
+def decode_ledger(content: bytes) -> Ledger:
+    """Raises ValueError (msgspec's errors are) for what is no ledger."""
+    return msgspec.json.decode(content, type=Ledger)
+
+
+def read_ledgers(lake: Lake, day: date) -> DayLedgers:
+    """Reads the ledgers of a day; one that cannot be read is named and costs only itself. Raises the store's errors."""
+    found = DayLedgers([], {})
+    for key in lake.keys(layout.ledger_prefix(day)):
+        try:
+            found.ledgers.append(decode_ledger(lake.get(key) or b""))
+        except ValueError as error:
+            found.unreadable[key] = str(error)
+    return found
+
+
+def reconcile(lake: Lake, day: date, channel: Channel) -> Balance:
+    """Compares a day's ledgers with its raw-data; a day without ledgers (another writer's) balances."""
+    ledgers, unreadable = read_ledgers(lake, day)
+    errors = [f"{lake.url(key)} cannot be read: {reason}" for key, reason in unreadable.items()]
+    for ledger in ledgers:
+        errors += [f"{ledger.run}: {error}" for error in ledger.account.imbalance(ledger.write_objects)]
+    counts = _day_counts(ledgers, day, channel)
+    counted = sum(count.objects for count in counts)
+    on_lake = len(lake.keys(layout.raw_prefix(channel, day)))
+    if on_lake < counted:
+        errors.append(f"the ledgers count {counted} objects, but only {on_lake} are on the lake")
+    return Balance(
+        errors=errors,
+        runs=len(ledgers),
+        bars=sum(count.bars for count in counts),
+        quarantined=sum(ledger.account.quarantined for ledger in ledgers),
+        gaps=sum(len(ledger.gaps) for ledger in ledgers),
+        objects_counted=counted,
+        objects_on_lake=on_lake,
+    )
+
+
+def objects_counted(lake: Lake, day: date, channel: Channel) -> int:
+    """The objects that the day's ledgers count; one that cannot be read counts none. Raises the store's errors."""
+    return sum(count.objects for count in _day_counts(read_ledgers(lake, day).ledgers, day, channel))
+
+
+def connected_minutes(ledgers: Iterable[Ledger]) -> list[tuple[int, int]]:
+    """The minutes whose bars must have reached some run: (first, last) starts in Unix ms, both included, in order.
+
+    Whatever is outside was lost on no connection: before the first run, in every run's gap, after the last. A minute
+    that is in one run's gap and not in another's is inside. A connection without an end, of a run that goes on or
+    died, counts to the last frame that the ledger knows of.
+    """
+    found: list[tuple[datetime, datetime]] = []
+    for ledger in ledgers:
+        if not _of_minutes(ledger.topics):
+            continue
+        for connection in ledger.account.connections:
+            if ledger.time_base == "event":
+                # The first and the last minute of a connection may have come in part.
+                begin, end = _minute(connection.first_bar_ms), _minute(connection.last_bar_ms)
+                if begin is None or end is None:
+                    continue
+                first, last = begin + _MINUTE, end - _MINUTE
+            else:
+                until = connection.until or ledger.account.last_received_at or connection.since
+                first, last = _last_lost(connection.since) + _MINUTE, _first_lost(until) - _MINUTE
+            if first <= last:
+                found.append((first, last))
+    merged: list[tuple[datetime, datetime]] = []
+    for first, last in sorted(found):
+        if merged and first <= merged[-1][1] + _MINUTE:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+        else:
+            merged.append((first, last))
+    return [(int(first.timestamp()) * 1000, int(last.timestamp()) * 1000) for first, last in merged]
+
+
+def subscribed_tickers(ledgers: Iterable[Ledger]) -> list[str] | None:
+    """The tickers whose minute bars some run asked for, sorted; None for the whole market."""
+    topics = {topic for ledger in ledgers for topic in ledger.topics or (f"{_MINUTE_TOPICS}*",)}
+    tickers = {topic.removeprefix(_MINUTE_TOPICS) for topic in topics if topic.startswith(_MINUTE_TOPICS)}
+    return None if "*" in tickers else sorted(tickers)
+
+
+def market_time(ledgers: Iterable[Ledger], now: datetime) -> datetime:
+    """The feed's own time: now, but the newest bar's end where a run plays through a past day."""
+    newest_ms = [
+        connection.last_bar_ms
+        for ledger in ledgers
+        if ledger.time_base == "event" and not ledger.complete
+        for connection in ledger.account.connections
+        if connection.last_bar_ms
+    ]
+    return datetime.fromtimestamp(max(newest_ms) / 1000 + 60, UTC) if newest_ms else now
+
+
+def repairable_gaps(
+    ledgers: Sequence[Ledger], known_until_ms: int, settled_after: timedelta, now: datetime
+) -> list[Gap]:
+    """The gaps that the vendor's history can fill now: over, settled, and reaching beyond what is known already.
+
+    known_until_ms: bars that start before this (Unix ms) are in the day's reference. settled_after: how long after a
+    minute's end its bar may still be revised.
+    """
+    clock = market_time(ledgers, now)
+    return [
+        gap
+        for ledger in ledgers
+        for gap in ledger.gaps
+        if gap.first_minute
+        and gap.last_minute
+        and gap.last_minute + _MINUTE + settled_after <= clock
+        and gap.last_minute.timestamp() * 1000 >= known_until_ms
+    ]
+
+
+def _day_counts(ledgers: Iterable[Ledger], day: date, channel: Channel) -> list[DayCount]:
+    counts = (ledger.account.days.get(day, {}).get(channel) for ledger in ledgers)
+    return [count for count in counts if count]
+
+
+def _gap(connection: Connection, following: Connection | None, time_base: TimeBase) -> Gap:
+    """The gap after an ended connection."""
+    assert connection.until
+    start, end = connection.until, following.since if following else None
+    if time_base == "event":
+        first = _minute(connection.last_bar_ms)
+        last = _minute(following.first_bar_ms) if following else None
+    else:
+        first, last = _first_lost(start), _last_lost(end) if end else None
+    if first is None or (last is not None and last < first):
+        return Gap(start, end, connection.ended_by)
+    return Gap(start, end, connection.ended_by, first, last)
+
+
+def _minute(start_ms: int | None) -> datetime | None:
+    return None if start_ms is None else datetime.fromtimestamp(start_ms // 60_000 * 60, UTC)
+
+
+def _first_lost(disconnected: datetime) -> datetime:
+    """The first minute whose bar may have come too late for a connection that ended then."""
+    # A minute's bar comes within seconds of the minute's end.
+    earliest = disconnected - _MINUTE - _LATEST_DELIVERY
+    first = earliest.replace(second=0, microsecond=0)
+    return first + _MINUTE if first < earliest else first
+
+
+def _last_lost(connected: datetime) -> datetime:
+    """The last minute whose bar may have come too early for a connection that began then."""
+    return (connected - _MINUTE).replace(second=0, microsecond=0)
+
+
+def _of_minutes(topics: Iterable[str]) -> bool:
+    """Whether a run asked for minute bars; ledgers from before topics were kept do not say, and most did."""
+    listed = list(topics)
+    return not listed or any(topic.startswith(_MINUTE_TOPICS) for topic in listed)

@@ -1,0 +1,402 @@
+"""The vendor's history fetched, kept and used for repair: by a real server, a real stream and both kinds of lake."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow.parquet as pq
+import pytest
+
+from polygon_pipeline.collector.collector import Collector, Plan
+from polygon_pipeline.datasets.catalog import REFERENCE_BARS
+from polygon_pipeline.datasets.coverage import Coverage, State
+from polygon_pipeline.datasets.inputs import normalize_day
+from polygon_pipeline.datasets.reference import read_reference_info
+from polygon_pipeline.datasets.reference_sources import SETTLED, FailedDay, FetchedDay, Sources, fetch_days
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.dataset_files import fetch_dataset, put_dataset
+from polygon_pipeline.lake.ledger import (
+    Connection,
+    Gap,
+    Ledger,
+    connected_minutes,
+    decode_ledger,
+    encode_ledger,
+    repairable_gaps,
+    subscribed_tickers,
+)
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market import calendar
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.polygon.errors import HistoryRefused, NotYetPublished
+from polygon_pipeline.polygon.messages import decode_frame
+from polygon_pipeline.polygon.rate_limit import RateLimit
+from polygon_pipeline.polygon.rest import RestHistory
+from polygon_pipeline.simulator.exchange import Exchange
+from polygon_pipeline.simulator.faults import Fault, Faults, FaultType
+from polygon_pipeline.simulator.feed import Omitting
+from polygon_pipeline.simulator.flat_files import flat_file, publish
+from polygon_pipeline.simulator.rest_server import History, HistoryServer, RestFault, RestFaultType, corrected
+from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
+
+DAY = date(2026, 1, 26)
+WEEK = calendar.trading_days(date(2026, 1, 26), date(2026, 1, 30))
+LATER = datetime(2026, 3, 2, 12, tzinfo=UTC)
+TICKERS = ("AAPL", "BRK.B", "KIMpL", "TCEHY")
+MARKET = SyntheticMarket(TICKERS)
+KEY = "a-key"
+
+Bars = dict[tuple[str, int], tuple[Any, ...]]
+_VALUES = ("open", "high", "low", "close", "volume", "vwap")
+
+
+class Vendor:
+    """A history server and what a collector needs to ask it."""
+
+    def __init__(self, folder: Path, server: HistoryServer) -> None:
+        self.server = server
+        self.staging = folder / "staging"
+        self._limit = RateLimit(folder / "limit", 100, 1.0)
+
+    def sources(self, tickers: Sequence[str] = TICKERS, flat_files: Lake | None = None) -> Sources:
+        rest = RestHistory(self.server.url, KEY, self._limit)
+        store = flat_files.store if flat_files else None
+        return Sources(rest, store, tuple(tickers), self._limit.per_second, self.staging)
+
+    @property
+    def asked(self) -> list[str]:
+        return [request.path for request in self.server.requests]
+
+
+@contextmanager
+def vendor(folder: Path, history: History = MARKET.day_bars, faults: Sequence[RestFault] = ()) -> Iterator[Vendor]:
+    with HistoryServer(history, key=KEY, faults=faults) as server:
+        yield Vendor(folder, server)
+
+
+def fetched(
+    lake: Lake, days: Sequence[date], sources: Sources, folder: Path, now: datetime = LATER
+) -> list[FetchedDay | FailedDay]:
+    scratch = folder / f"scratch-{len(list(folder.iterdir()))}"
+    scratch.mkdir()
+    results = []
+    for result in fetch_days(lake, days, sources, scratch, now, lambda _: None):
+        if isinstance(result, FetchedDay) and result.is_new:
+            put_dataset(lake, REFERENCE_BARS.name, result.day.isoformat(), result.file)
+        results.append(result)
+    return results
+
+
+def bars_of(file: Path) -> Bars:
+    rows = pq.read_table(file).to_pylist()
+    return {
+        (row["ticker"], int(row["timestamp"].timestamp() * 1000)): tuple(row[name] for name in _VALUES) for row in rows
+    }
+
+
+def truth(day: date = DAY, history: History = MARKET.day_bars) -> Bars:
+    rows = history(day).to_pylist()
+    return {(row["ticker"], row["start_ms"]): tuple(row[name] for name in _VALUES) for row in rows}
+
+
+def reference(lake: Lake, day: date, folder: Path) -> Path:
+    return fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
+
+
+# Fetching
+
+
+def test_a_week_over_rest_is_one_request_per_ticker_and_equals_the_vendors_history(lake: Lake, tmp_path: Path) -> None:
+    with vendor(tmp_path) as vendor_:
+        results = fetched(lake, WEEK, vendor_.sources(), tmp_path)
+        assert len(vendor_.asked) == len(TICKERS)
+    assert [(result.day, isinstance(result, FetchedDay) and result.is_new) for result in results] == [
+        (day, True) for day in WEEK
+    ]
+    for day in WEEK:
+        assert bars_of(reference(lake, day, tmp_path)) == truth(day)
+
+
+def test_a_second_time_changes_no_file(file_lake: Lake, tmp_path: Path) -> None:
+    with vendor(tmp_path) as vendor_:
+        fetched(file_lake, WEEK, vendor_.sources(), tmp_path)
+        before = {day: reference(file_lake, day, tmp_path).read_bytes() for day in WEEK}
+        results = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, LATER + timedelta(days=1))
+    assert not any(isinstance(result, FetchedDay) and result.is_new for result in results)
+    assert {day: reference(file_lake, day, tmp_path).read_bytes() for day in WEEK} == before
+
+
+def test_a_run_that_was_cut_goes_on_with_the_tickers_that_are_missing(file_lake: Lake, tmp_path: Path) -> None:
+    faults = [RestFault(RestFaultType.NOT_AUTHORIZED, path="/TCEHY/")]
+    with vendor(tmp_path, faults=faults) as vendor_:
+        cut = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
+        assert all(isinstance(result, FailedDay) and isinstance(result.problem, HistoryRefused) for result in cut)
+        asked = len(vendor_.asked)
+        results = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
+        again = vendor_.asked[asked:]
+    assert all(isinstance(result, FetchedDay) for result in results)
+    assert any("/TCEHY/" in path for path in again)
+    assert len(again) < len(TICKERS)
+    assert bars_of(reference(file_lake, DAY, tmp_path)) == truth()
+    assert not list(tmp_path.glob("staging/*"))
+
+
+def test_days_far_apart_are_not_asked_for_with_all_the_years_between(file_lake: Lake, tmp_path: Path) -> None:
+    days = [date(2016, 1, 26), DAY]
+    with vendor(tmp_path) as vendor_:
+        results = fetched(file_lake, days, vendor_.sources(("AAPL",)), tmp_path)
+        assert len(vendor_.asked) == 2
+    assert [result.day for result in results if isinstance(result, FetchedDay)] == days
+
+
+def test_the_whole_market_by_rest_is_every_ticker_that_traded(file_lake: Lake, tmp_path: Path) -> None:
+    with vendor(tmp_path) as vendor_:
+        [result] = fetched(file_lake, [DAY], vendor_.sources(("*",)), tmp_path)
+    assert isinstance(result, FetchedDay)
+    # The grouped bars leave out what trades over the counter.
+    assert set(result.info.tickers or ()) == set(TICKERS) - {"TCEHY"}
+
+
+def test_a_market_that_no_plan_can_ask_for_in_time_is_refused_with_the_way_out(file_lake: Lake, tmp_path: Path) -> None:
+    with vendor(tmp_path) as vendor_:
+        free = replace(vendor_.sources([f"T{n}" for n in range(4000)]), requests_per_second=5 / 60)
+        [result] = fetched(file_lake, [DAY], free, tmp_path)
+        assert not vendor_.asked
+    assert isinstance(result, FailedDay)
+    assert "13.3 h" in str(result.problem)
+    assert "POLYGON_FLAT_FILES_KEY_ID" in str(result.problem)
+
+
+# Flat files
+
+
+def test_a_flat_file_is_taken_once_and_again_when_it_was_replaced(
+    s3_lake: Lake, file_lake: Lake, tmp_path: Path
+) -> None:
+    publish(s3_lake.store, DAY, flat_file(MARKET.day_bars(DAY)))
+    with vendor(tmp_path) as vendor_:
+        sources = vendor_.sources(flat_files=s3_lake)
+        results = [fetched(file_lake, [DAY], sources, tmp_path)[0] for _ in range(2)]
+        bar = MARKET.day_bars(DAY).slice(0, 1).to_pylist()[0]
+        changes: Any = {(bar["ticker"], bar["start_ms"]): {"volume": 12345.0}}
+        publish(s3_lake.store, DAY, flat_file(corrected(MARKET.day_bars, changes)(DAY)))
+        results.append(fetched(file_lake, [DAY], sources, tmp_path)[0])
+        assert not vendor_.asked
+    assert [isinstance(result, FetchedDay) and result.is_new for result in results] == [True, False, True]
+    rows = bars_of(reference(file_lake, DAY, tmp_path))
+    assert rows[bar["ticker"], bar["start_ms"]][4] == 12345.0
+    assert len(rows) == len(truth())
+
+
+def test_a_day_whose_flat_file_is_not_due_comes_from_rest_and_a_late_one_says_when_to_ask_again(
+    s3_lake: Lake, file_lake: Lake, tmp_path: Path
+) -> None:
+    with vendor(tmp_path) as vendor_:
+        sources = vendor_.sources(flat_files=s3_lake)
+        evening = datetime(2026, 1, 27, 2, tzinfo=UTC)
+        [result] = fetched(file_lake, [DAY], sources, tmp_path, evening)
+        assert isinstance(result, FetchedDay)
+        assert result.info.source == "rest"
+        [late] = fetched(file_lake, [DAY], sources, tmp_path, datetime(2026, 1, 27, 17, tzinfo=UTC))
+    assert isinstance(late, FailedDay)
+    assert isinstance(late.problem, NotYetPublished)
+    assert late.problem.next_try == datetime(2026, 1, 27, 18, tzinfo=UTC)
+
+
+def test_a_few_tickers_answers_do_not_replace_a_flat_file(s3_lake: Lake, file_lake: Lake, tmp_path: Path) -> None:
+    publish(s3_lake.store, DAY, flat_file(MARKET.day_bars(DAY)))
+    with vendor(tmp_path) as vendor_:
+        fetched(file_lake, [DAY], vendor_.sources(flat_files=s3_lake), tmp_path)
+        [result] = fetched(file_lake, [DAY], vendor_.sources(("AAPL",)), tmp_path)
+    assert isinstance(result, FetchedDay)
+    assert not result.is_new
+    assert len(bars_of(reference(file_lake, DAY, tmp_path))) == len(truth())
+
+
+# Repair
+
+
+def _ledger(feed: str, *gaps: tuple[str, str | None]) -> Ledger:
+    made = [
+        Gap(_at(first), None if last is None else _at(last), "lost", _at(first), None if last is None else _at(last))
+        for first, last in gaps
+    ]
+    content = msgspec.json.encode(
+        {
+            "run": "r", "feed": feed, "session_date": DAY, "started_at": _at("09:00"), "complete": False,
+            "write_objects": False, "write_frames": True, "imbalance": [], "account": {}, "gaps": made,
+        }
+    )  # fmt: skip
+    return decode_ledger(content)
+
+
+def _at(clock: str) -> datetime:
+    return datetime.fromisoformat(f"{DAY}T{clock}:00+00:00")
+
+
+@pytest.mark.parametrize(
+    ("now", "known", "due"),
+    [
+        ("15:16", None, 0),  # its last revisions may still come
+        ("15:17", None, 1),
+        ("15:17", "15:00", 1),  # the history was asked before the gap's last minute had settled
+        ("15:17", "15:01", 0),
+    ],
+)
+def test_a_gap_is_repaired_once_its_last_minute_has_settled(now: str, known: str | None, due: int) -> None:
+    ledgers = [_ledger("polygon", ("14:50", "15:00"), ("15:40", None))]
+    known_ms = 0 if known is None else int(_at(known).timestamp() * 1000)
+    assert len(repairable_gaps(ledgers, known_ms, SETTLED, _at(now))) == due
+
+
+def test_a_simulator_on_its_way_through_a_past_day_has_a_clock_of_its_own(file_lake: Lake, tmp_path: Path) -> None:
+    """What is still to come by that clock is not taken from the history, and the gap waits for it to pass."""
+    ledger = _ledger("simulated", ("14:50", "15:00"))
+    ledger.account.connections = [Connection(LATER, last_bar_ms=int(_at("15:15").timestamp() * 1000))]
+    assert repairable_gaps([ledger], 0, SETTLED, LATER) == []
+    ledger.account.connections[0].last_bar_ms = int(_at("15:16").timestamp() * 1000)
+    assert len(repairable_gaps([ledger], 0, SETTLED, LATER)) == 1
+    file_lake.put(layout.ledger_key(DAY, "r"), encode_ledger(ledger))
+    with vendor(tmp_path) as vendor_:
+        sources = vendor_.sources()
+        [partial] = fetched(file_lake, [DAY], sources, tmp_path)
+        ledger.complete = True
+        file_lake.put(layout.ledger_key(DAY, "r"), encode_ledger(ledger))
+        rows = len(bars_of(reference(file_lake, DAY, tmp_path)))
+        [whole] = fetched(file_lake, [DAY], sources, tmp_path)
+    assert isinstance(partial, FetchedDay)
+    assert isinstance(whole, FetchedDay)
+    assert partial.info.until_ms == int(_at("15:01").timestamp() * 1000)
+    assert len(bars_of(reference(file_lake, DAY, tmp_path))) == len(truth()) > rows > 0
+
+
+# The whole way: what the simulator planned is what the coverage says.
+
+QUIET = "QUIET"
+DROPPED_AT = int(datetime(2026, 1, 26, 15, 15, tzinfo=UTC).timestamp() * 1000)
+# Long after the collector is back.
+AFTERNOON = int(datetime(2026, 1, 26, 20, tzinfo=UTC).timestamp() * 1000)
+
+
+def _collect(lake: Lake, folder: Path, exchange: Exchange) -> None:
+    plan = Plan(
+        owner="test",
+        run="20260126T090000Z-test",
+        session_date=DAY,
+        feed="simulated",
+        url=exchange.url,
+        key=KEY,
+        topics=[f"AM.{ticker}" for ticker in (*TICKERS, QUIET)],
+        journal_dir=folder / "journal",
+        write_objects=False,
+        checkpoint_seconds=1.0,
+        time_base="event",
+    )
+    over = lambda: "the simulated session is over" if exchange.finished.is_set() else None  # noqa: E731
+    Collector(lake, plan, logging.getLogger("quiet")).run(over, lambda _: None)
+
+
+def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_vendors_history(
+    file_lake: Lake, tmp_path: Path, say: Any
+) -> None:
+    planned = truth()
+    afternoon = sorted(key for key in planned if AFTERNOON <= key[1] < AFTERNOON + 40 * 60_000)
+    omitted = set(afternoon[::9]) | {key for key in afternoon if key[0] == "AAPL"} - set(afternoon[::7])
+    changes: Any = {
+        key: {"close": planned[key][2], "volume": planned[key][4] + 1} for key in sorted(planned)[100:400:20]
+    }
+    history = corrected(MARKET.day_bars, changes)
+    faults = Faults([Fault(FaultType.DROP, at_ms=DROPPED_AT), Fault(FaultType.AUTH_TIMEOUT, at_ms=DROPPED_AT)])
+    feed = Omitting(SyntheticFeed(MARKET, DAY, (Channel.MINUTE,)), lambda e: (e.ticker, e.start_ms) in omitted)
+    with Exchange(feed, speed=6000, key=KEY, faults=faults, record=True) as exchange:
+        _collect(file_lake, tmp_path, exchange)
+    received: Bars = {}
+    for served in exchange.served:
+        for frame in served.frames:
+            for _, bar in decode_frame(frame.payload, LATER).bars:
+                received[bar.ticker, bar.start_ms] = (*bar[2:6], float(bar.volume), bar.vwap)
+
+    ledgers = [
+        decode_ledger(content)
+        for key in file_lake.keys(layout.ledger_prefix(DAY))
+        if (content := file_lake.get(key)) is not None
+    ]
+    assert len(repairable_gaps(ledgers, 0, SETTLED, LATER)) == 1
+    with vendor(tmp_path, history) as vendor_:
+        fetched(file_lake, [DAY], vendor_.sources((*TICKERS, QUIET)), tmp_path)
+    known = read_reference_info(reference(file_lake, DAY, tmp_path))
+    assert repairable_gaps(ledgers, known.until_ms, SETTLED, LATER) == []
+
+    normalized = tmp_path / "normalized.parquet"
+    normalize_day(file_lake, DAY, Channel.MINUTE, normalized, tmp_path)
+    assert bars_of(normalized) == truth(DAY, history)
+
+    connected, subscribed = connected_minutes(ledgers), subscribed_tickers(ledgers)
+    kept = reference(file_lake, DAY, tmp_path)
+    with Coverage(DAY, normalized, kept, connected, tmp_path, subscribed) as coverage:
+        states = coverage.minute_states().to_pylist()
+        coverage.write(tmp_path / "coverage.parquet")
+    opened = int(datetime(2026, 1, 26, 9, tzinfo=UTC).timestamp() * 1000)
+    found = {(row["ticker"], opened + 60_000 * row["minute"]): row for row in states}
+    expected = truth(DAY, history)
+    assert len(found) == 960 * len((*TICKERS, QUIET))
+    lost = set(expected) - set(received)
+    for key, row in found.items():
+        if key in received:
+            state = State.COLLECTED if received[key] == expected[key] else State.CORRECTED
+        else:
+            state = State.REPAIRED if key in lost else State.NO_TRADE
+        assert row["state"] == state, key
+        if key in lost:
+            assert row["connected"] is (key in omitted), key
+    rows = {row["ticker"]: row for row in pq.read_table(tmp_path / "coverage.parquet").to_pylist()}
+    for ticker in (*TICKERS, QUIET):
+        mine = {key for key in lost if key[0] == ticker}
+        assert rows[ticker]["lost_connected"] == len(mine & omitted)
+        assert rows[ticker]["lost_disconnected"] == len(mine - omitted)
+        assert rows[ticker]["repaired_minutes"] == len(mine)
+        assert rows[ticker]["traded_minutes"] == sum(key[0] == ticker for key in expected)
+        assert rows[ticker]["collected_minutes"] == sum(key[0] == ticker for key in received)
+    assert rows[QUIET]["share"] is None
+    corrections = sum(row["state"] == State.CORRECTED for row in states)
+    assert lost - omitted
+    assert omitted <= lost
+    assert corrections >= len([key for key in changes if key in received])
+    say(
+        f"coverage: {len(found):,} minutes as planned: {len(lost - omitted)} lost while disconnected, "
+        f"{len(omitted)} while connected, {corrections} corrected; {len(expected):,} repaired bars equal the vendor's "
+        "history"
+    )
+
+
+def test_a_gaps_partial_history_repairs_what_it_reaches_and_a_later_revision_of_the_stream_still_wins(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    """put_dataset of an intraday reference: what it does not know stays unknown."""
+    from polygon_pipeline.datasets.reference import Pages
+    from polygon_pipeline.lake import archive
+
+    key = min(planned for planned in truth() if planned[0] == "AAPL")
+    bar = dict(zip(("o", "h", "l", "c", "v", "vw"), truth()[key], strict=True))
+    asked = datetime.fromtimestamp(key[1] / 1000, UTC) + timedelta(minutes=30)
+    page = {"ticker": "AAPL", "fetched_at": asked, "bars": [{"t": key[1], **bar}, {"t": key[1] + 60_000, **bar}]}
+    (tmp_path / "page.jsonl").write_bytes(msgspec.json.encode(page) + b"\n")
+    made = tmp_path / "made.parquet"
+    with Pages([tmp_path / "page.jsonl"], ["AAPL"], tmp_path) as pages:
+        pages.write(DAY, key[1] + 120_000, made)
+    put_dataset(file_lake, REFERENCE_BARS.name, DAY.isoformat(), made)
+    event = {"ev": "AM", "sym": "AAPL", "s": key[1], **bar, "c": bar["l"]}
+    line = archive.frame_line(asked + timedelta(minutes=1), msgspec.json.encode([event]), ())
+    file_lake.put(layout.frames_key(DAY, "run", 1), archive.compress([line]))
+    normalized = tmp_path / "normalized.parquet"
+    raw = normalize_day(file_lake, DAY, Channel.MINUTE, normalized, tmp_path)
+    rows = pq.read_table(normalized).to_pylist()
+    assert [(row["close"], row["source"]) for row in rows] == [(bar["l"], "websocket"), (bar["c"], "rest")]
+    assert (raw.merge.added, raw.merge.kept) == (1, 1)

@@ -1,0 +1,37 @@
+"""A DuckDB session: what a file of bars is described as."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+
+from polygon_pipeline.datasets import catalog
+from polygon_pipeline.datasets.resample import Resampling
+from polygon_pipeline.datasets.session import describe
+from polygon_pipeline_tests.support.bars import (
+    ARRIVAL,
+    DAY,
+    NOON,
+    aggregate,
+    at,
+    line,
+    normalized_file,
+)
+
+HALF_DAY = date(2026, 11, 27)
+STATUS = {"ev": "status", "status": "success", "message": "subscribed to: AM.SPY"}
+
+
+# Descriptions
+
+
+def test_a_description_counts_rows_and_tickers_and_names_the_ends(tmp_path: Path) -> None:
+    bars = [aggregate("SPY", at(4, 0)), aggregate("SPY", NOON), aggregate("QQQ", at(19, 59))]
+    file = normalized_file(tmp_path, [[line(ARRIVAL, bars)]])
+    described_file = describe(file)
+    assert (described_file.rows, described_file.tickers) == (3, 2)
+    assert described_file.first.startswith("2026-01-26 09:00:00")
+    assert described_file.last.startswith("2026-01-27 00:59:00")
+    with Resampling(DAY, file, tmp_path) as resampling:
+        resampling.write(catalog.DAILY_BARS, tmp_path / "daily.parquet")
+    assert describe(tmp_path / "daily.parquet") == (2, 2, "2026-01-26", "2026-01-26")

@@ -1,0 +1,191 @@
+"""The sensor for other programs' raw data, tick after tick as the daemon does it, on both kinds of lake."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
+
+import dagster as dg
+import msgspec
+import pytest
+from dagster_aws.s3 import S3Resource
+
+from polygon_pipeline.collector.accounting import make_ledger
+from polygon_pipeline.collector.journal import JournalHeader
+from polygon_pipeline.collector.lease import Holding
+from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.defs import external
+from polygon_pipeline.defs.resources import LakeResource
+from polygon_pipeline.lake import external as external_data
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.ledger import Account, encode_ledger
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market import calendar
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
+
+DAYS = calendar.completed_sessions(datetime(2026, 2, 1, tzinfo=UTC), 6)
+START_MS = 1769437800000
+
+
+class Ticks:
+    """The sensor's ticks against one instance; only the cursor and what was reported go from one to the next."""
+
+    def __init__(self, instance: dg.DagsterInstance, resource: LakeResource) -> None:
+        self.instance = instance
+        self.resource = resource
+        self.cursor: str | None = None
+        self.said = ""
+
+    def next(self) -> list[str]:
+        """The days that this tick reports."""
+        with dg.build_sensor_context(
+            instance=self.instance, cursor=self.cursor, resources={"lake": self.resource}
+        ) as context:
+            result = external.external_raw_data_sensor(context)
+        assert isinstance(result, dg.SensorResult)
+        self.cursor = result.cursor
+        self.said = (result.skip_reason and result.skip_reason.skip_message) or ""
+        for event in result.asset_events:
+            self.instance.report_runless_asset_event(event)
+        return [str(event.partition) for event in result.asset_events if isinstance(event, dg.AssetMaterialization)]
+
+
+@pytest.fixture
+def ticks(lake: Lake, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ticks]:
+    monkeypatch.setattr(external_data, "QUIET", timedelta(0))
+    monkeypatch.setenv("POLYGON_API_KEY", "simulator")
+    s3 = S3Resource()
+    if lake.is_s3:
+        server: SeaweedFS = request.getfixturevalue("seaweedfs")
+        s3 = S3Resource(
+            endpoint_url=server.endpoint_url,
+            aws_access_key_id=server.access_key,
+            aws_secret_access_key=server.secret_key,
+        )
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Ticks(instance, LakeResource(s3=s3, uri=lake.uri))
+
+
+def put_bars(lake: Lake, day: date, ticker: str = "SPY", minutes: int = 1) -> None:
+    for minute in range(minutes):
+        lake.put(layout.raw_key(Channel.MINUTE, day, ticker, START_MS + 60_000 * minute), b"{}")
+
+
+def put_ledger(lake: Lake, day: date, run: str, objects: int) -> None:
+    account = Account()
+    account.day(day, Channel.MINUTE).objects = objects
+    header = JournalHeader(run, day, lake.uri, "simulated", datetime.now(UTC), True, True)
+    lake.put(layout.ledger_key(day, run), encode_ledger(make_ledger(header, account, complete=True)))
+
+
+def test_a_bucket_bigger_than_a_tick_is_reported_day_by_day_and_each_day_once(
+    ticks: Ticks, lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(external, "look", partial(external_data.look, pages=1, page_objects=2))
+    for number, day in enumerate(DAYS):
+        put_bars(lake, day, minutes=1 + number % 4)
+    reported = Counter[str]()
+    for _ in range(8):
+        days = ticks.next()
+        assert len(days) <= 3
+        reported.update(days)
+    assert reported == Counter(str(day) for day in DAYS)
+    put_bars(lake, DAYS[1], "QQQ")
+    assert [day for _ in range(12) for day in ticks.next()] == [str(DAYS[1])]
+
+
+def test_days_that_our_ledgers_account_for_are_not_reported_until_there_is_more(ticks: Ticks, lake: Lake) -> None:
+    put_bars(lake, DAYS[0], minutes=3)
+    put_ledger(lake, DAYS[0], "ONE", 2)
+    put_ledger(lake, DAYS[0], "TWO", 1)
+    lake.put(layout.ledger_key(DAYS[0], "TORN"), b"{")
+    assert ticks.next() == []
+    put_bars(lake, DAYS[0], "QQQ")
+    assert ticks.next() == [str(DAYS[0])]
+    assert ticks.next() == []
+
+
+@pytest.mark.parametrize("lake", ["file"], indirect=True)
+def test_the_collectors_own_reports_do_not_hide_what_was_reported(ticks: Ticks, lake: Lake) -> None:
+    put_bars(lake, DAYS[0])
+    assert ticks.next() == [str(DAYS[0])]
+    for _ in range(3):
+        ticks.instance.report_runless_asset_event(
+            dg.AssetMaterialization("raw_bars", partition=str(DAYS[0]), metadata={"objects": 7})
+        )
+    assert ticks.next() == []
+
+
+@pytest.mark.parametrize("lake", ["file"], indirect=True)
+@pytest.mark.parametrize(("released", "expected"), [(False, []), (True, [str(DAYS[-1])])])
+def test_a_collector_at_work_tells_of_today_by_itself(
+    ticks: Ticks, lake: Lake, monkeypatch: pytest.MonkeyPatch, released: bool, expected: list[str]
+) -> None:
+    noon = datetime(*DAYS[-1].timetuple()[:3], 17, tzinfo=UTC)
+
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return noon
+
+    monkeypatch.setattr(external, "datetime", Noon)
+    put_bars(lake, DAYS[-1], minutes=2)
+    holding = Holding("RUN", "owner", "elsewhere/boot", 1, noon, noon + timedelta(minutes=1), released=released)
+    lake.put(layout.LEASE_KEY, msgspec.json.encode(holding))
+    assert ticks.next() == expected
+
+
+@pytest.mark.parametrize("lake", ["file"], indirect=True)
+def test_a_day_that_is_no_partition_is_left_out_with_a_warning(
+    ticks: Ticks, lake: Lake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put_bars(lake, date(2026, 1, 24))
+    put_bars(lake, date(2126, 1, 24))
+    put_bars(lake, DAYS[0])
+    assert ticks.next() == [str(DAYS[0])]
+    err = capfd.readouterr().err
+    assert "2026-01-24 is not a trading day" in err
+    assert "2126-01-24 is not a trading day" in err
+
+
+@pytest.mark.parametrize("lake", ["s3"], indirect=True)
+def test_a_lake_that_cannot_be_read_is_told_and_the_cursor_kept(
+    ticks: Ticks, lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_bars(lake, DAYS[0])
+    ticks.next()
+    cursor = ticks.cursor
+    ticks.resource = LakeResource(s3=ticks.resource.s3, uri="s3://no-such-bucket/lake")
+    assert ticks.next() == []
+    assert "cannot be read" in ticks.said
+    monkeypatch.delenv("POLYGON_API_KEY")
+    assert ticks.next() == []
+    assert "POLYGON_API_KEY" in ticks.said
+    assert ticks.cursor == cursor
+
+
+@pytest.mark.parametrize("lake", ["file"], indirect=True)
+def test_a_cursor_of_another_version_starts_anew(ticks: Ticks, lake: Lake) -> None:
+    put_bars(lake, DAYS[0])
+    ticks.cursor = '{"all": 7}'
+    assert ticks.next() == [str(DAYS[0])]
+
+
+@pytest.mark.parametrize("lake", ["file"], indirect=True)
+def test_a_report_makes_the_automation_ask_for_the_days_datasets(ticks: Ticks, lake: Lake) -> None:
+    def requested(cursor: object = None) -> tuple[set[str | None], object]:
+        result = dg.evaluate_automation_conditions(
+            defs=build_defs(),
+            instance=ticks.instance,
+            asset_selection=dg.AssetSelection.all(),
+            cursor=cursor,  # type: ignore[arg-type]
+        )
+        return set(result.get_requested_partitions(dg.AssetKey("normalized_bars"))), result.cursor
+
+    _, cursor = requested()
+    put_bars(lake, DAYS[0])
+    assert ticks.next() == [str(DAYS[0])]
+    assert requested(cursor)[0] == {str(DAYS[0])}
