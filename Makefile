@@ -4,18 +4,25 @@ SHELL := /bin/sh
 BIN := .venv/bin
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 
-.PHONY: dev test bench format clean
+.PHONY: dev check test static bench format clean
 
 # The web UI on http://127.0.0.1:3000, with sensors, schedules and, without POLYGON_API_KEY, the simulated demo.
 dev: $(BIN)/.installed $(DAGSTER_HOME)/dagster.yaml
 	$(BIN)/dagster dev --host 127.0.0.1 --port 3000
 
-test: $(BIN)/.installed-dev
+# Lint, types, the import contract and the fast tests: under a minute.
+check: static
+	$(BIN)/pytest -m "not slow"
+
+# Everything: about eight minutes on two cores.
+test: static
+	$(BIN)/pytest
+
+static: $(BIN)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
 
 # Some five minutes; `make bench BENCH="--full --write"` writes benchmarks/RESULTS.md, `make bench BENCH=edge` runs one.
 bench: $(BIN)/.installed-bench
