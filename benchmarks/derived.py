@@ -16,7 +16,7 @@ from polygon_pipeline.datasets.catalog import DERIVED
 from polygon_pipeline.datasets.session import describe
 from polygon_pipeline.market.bars import Channel
 
-_NAMES = {"bars_5m": "5min", "bars_15m": "15min", "bars_1h": "1h"}
+_NAMES = {"bars_5m": "5min", "bars_15m": "15min", "bars_30m": "30min", "bars_1h": "1h"}
 
 
 def ours(run: Run, normalized: Path) -> Callable[[], Path]:

@@ -154,6 +154,7 @@ def _resampled(name: str, minutes: int, description: str) -> Dataset:
 
 BARS_5M = _resampled("bars_5m", 5, "Five-minute bars, aligned to the clock.")
 BARS_15M = _resampled("bars_15m", 15, "Fifteen-minute bars, aligned to the clock.")
+BARS_30M = _resampled("bars_30m", 30, "Thirty-minute bars, aligned to the clock.")
 BARS_1H = _resampled("bars_1h", 60, "Hourly bars, aligned to the clock.")
 
 DAILY_BARS = Dataset(
@@ -213,6 +214,7 @@ DATASETS = (
     NORMALIZED_SECOND_BARS,
     BARS_5M,
     BARS_15M,
+    BARS_30M,
     BARS_1H,
     DAILY_BARS,
     BAR_COVERAGE,
