@@ -1,4 +1,4 @@
-"""raw-data objects, one a bar, to normalized_bars: ours beside obstore's bare GETs, boto3 with pandas, and Polars.
+"""raw-data objects, one per bar, to normalized_bars: ours beside obstore's bare GETs, boto3 with pandas, and Polars.
 
 SeaweedFS on this machine stands for S3. The objects are a bucket's that another program filled: no frames, so that
 every object is read.
@@ -132,7 +132,7 @@ def _of(run: Run, server: Server, count: int) -> Table:
             at_least(0.9, rates["ours"] / rates["obstore's GETs alone"], "of obstore's bare GET rate"),
             at_least(5, rates["ours"] / rates["Polars' glob"], "times as fast as Polars"),
         ],
-        "the server's GETs, one a bar, for Polars too: it asks for as many at a time. Nobody can be five times as fast "
+        "the server's GETs, one per bar, for Polars too: it asks for as many at a time. None can be five times as fast "
         "as that; a day of the whole market belongs into raw-frames.",
     )
 

@@ -1,6 +1,6 @@
 """The memory of a collector while its storage is gone for ten minutes of a full market, and when it is back.
 
-The ten minutes' bars, one a ticker and minute, come as fast as the collector takes them, and ten times over, which
+The ten minutes' bars, one per ticker and minute, come as fast as the collector takes them, and ten times over, which
 stands for the second bars; the server behind the lake is stopped meanwhile.
 """
 

@@ -55,7 +55,7 @@ class Settings:
 
     @property
     def time_base(self) -> Literal["processing", "event"]:
-        """Which time tells what a connection covered: a simulator may play a past day, faster than the clock."""
+        """Which time says what a connection covered: a simulator may play a past day, faster than the clock."""
         return "event" if self.is_simulated else "processing"
 
     @property

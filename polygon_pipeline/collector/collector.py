@@ -68,7 +68,7 @@ class Plan:
 
     run: a name that sorts by time. owner: who to ask about the run (Dagster's run id). topics: such as `AM.SPY`.
     quiet_limit: how many seconds a subscribed connection may bring no frame, now; None for any time. time_base: which
-    time tells what a connection covered (lake.ledger).
+    time says what a connection covered (lake.ledger).
     """
 
     run: str

@@ -74,7 +74,7 @@ class JournalError(Exception):
 class JournalHeader(msgspec.Struct, frozen=True):
     """What recovery must know of the run that wrote a journal. topics: its subscriptions, such as `AM.SPY`.
 
-    time_base: which time tells what a connection covered (lake.ledger).
+    time_base: which time says what a connection covered (lake.ledger).
     """
 
     run: str

@@ -24,7 +24,7 @@ _LONGEST_PAUSE = timedelta(minutes=10)
 
 
 class Outcome(Enum):
-    """What became of a run. STOPPED: somebody terminated it; INTERRUPTED: its process was told to end or died."""
+    """How a run ended. STOPPED: terminated by hand; INTERRUPTED: its process was ended by a signal, or is lost."""
 
     ACTIVE = auto()
     SUCCEEDED = auto()
@@ -90,7 +90,7 @@ def decide_live(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> 
     """Collects every session from the opening of pre-market until the last revisions are in.
 
     runs: this feed's, newest first. loaded_at: when the code location read its environment; a failure for good
-    before that may have been mended since.
+    before that may have been corrected since.
     """
     found = current_or_next_session(now - REVISIONS)
     if now < found.pre_open:
@@ -114,7 +114,7 @@ def decide_session(day: date, now: datetime, loaded_at: datetime, runs: Sequence
             return Wait(f"the collector of {day} was terminated by hand; launch collect_aggregates to go on")
         case Outcome.FAILED_FOR_GOOD if last.ended_at and last.ended_at > loaded_at:
             return Wait(
-                f"attempt {len(mine)} at {day} failed in a way that trying again cannot mend; see its error, then "
+                f"attempt {len(mine)} at {day} failed in a way that trying again cannot correct; see its error, then "
                 "restart Dagster (the environment is read at start)"
             )
     failures = 0

@@ -5,7 +5,7 @@ belong here: what a collector does when it has lost it (collector.collector), or
 
 On S3 the lease is one object, written under a condition only: it did not exist, or it is the version last read. On
 a local lake an OS lock beside it excludes others, and ends with the process. A lease that cannot be renewed because
-the store is down is not lost: nobody else can take it either. It is lost when another has taken it.
+the store is down is not lost: no other collector can take it either. It is lost when another has taken it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 def read_lease(lake: Lake) -> Holding | None:
-    """Who holds the lake's lease, or held it last; None if nobody does."""
+    """Who holds the lake's lease, or held it last; None if there never was a holder."""
     content = lake.get(layout.LEASE_KEY)
     return _decode(content) if content else None
 
@@ -186,7 +186,7 @@ class Lease:
 
 
 def _decode(content: bytes) -> Holding | None:
-    """An unreadable lease is nobody's."""
+    """An unreadable lease has no holder."""
     try:
         return msgspec.json.decode(content, type=Holding)
     except ValueError:
@@ -217,6 +217,6 @@ def process_start(pid: int) -> int | None:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except ProcessLookupError:
         return None
-    except OSError:  # somebody else's process, or no /proc
+    except OSError:  # another user's process, or no /proc
         return 0
     return None if state == "Z" else int(fields[18])

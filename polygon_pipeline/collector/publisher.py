@@ -294,7 +294,7 @@ class Publisher:
         del self._pending[key]
 
     async def _try_put(self, key: str, content: bytes) -> bool:
-        """One try; False where somebody else wrote or removed the object meanwhile."""
+        """One try; False where another writer changed or removed the object meanwhile."""
         store = self._lake.store
         try:
             await obstore.put_async(store, key, content, mode="create", use_multipart=False)

@@ -3,8 +3,8 @@
 Belongs here: that classification, the row per ticker made of it, and the tickers with the worst coverage. Does not
 belong here: when a collector was connected (lake.ledger), and how the result is drawn (datasets.pictures).
 
-A minute without a bar is no loss by itself. Only the vendor's history tells "no trade" from "lost"; where it does
-not reach, the minute is unknown.
+A minute without a bar is no loss by itself. Only the vendor's history distinguishes "no trade" from "lost"; where it
+does not reach, the minute is unknown.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ _COVERAGE = f"""
 
 
 class Shortfall(NamedTuple):
-    """A ticker whose share of traded minutes is too low. collected: minutes had, from the stream or by repair."""
+    """A ticker whose share of traded minutes is too low. collected: from the stream or by repair."""
 
     ticker: str
     share: float

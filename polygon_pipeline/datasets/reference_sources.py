@@ -67,7 +67,7 @@ class FetchedDay(NamedTuple):
 
 
 class FailedDay(NamedTuple):
-    """A day that could not be had. problem: HistoryRefused, NotYetPublished, HistoryUnavailable or
+    """A day that could not be fetched. problem: HistoryRefused, NotYetPublished, HistoryUnavailable or
     UnreadableReference."""
 
     day: date
@@ -83,7 +83,7 @@ def fetch_days(
     """Fetches trading days, each as soon as it is whole. The caller stores a new one before it asks for the next.
 
     folder: an empty local folder. now: aware. report: called with what to log, the time left among it. A day that
-    cannot be had is given with its problem, and the others go on; store errors are raised.
+    cannot be fetched is given with its problem, and the others go on; store errors are raised.
     """
     by_rest = []
     for day in sorted(days):

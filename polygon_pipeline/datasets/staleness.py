@@ -13,7 +13,7 @@ from polygon_pipeline.polygon.flat_files import expected_at
 
 
 def stale_datasets(made: Mapping[str, int]) -> list[Dataset]:
-    """The datasets of one day to make anew, each after those it needs; one run may make them all.
+    """The datasets of one day to make again, each after those it needs; one run may make them all.
 
     made: by name, the order of each dataset's latest materialization, the later the larger; one never made is absent. A
     dataset none of whose inputs is there cannot be made, and is not asked for.

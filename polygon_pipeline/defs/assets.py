@@ -37,7 +37,7 @@ _RAW_UPDATED = dg.AutomationCondition.any_deps_updated().ignore(_HISTORY)
 _RAW_UNANSWERED = (dg.AutomationCondition.newly_missing() | _RAW_UPDATED).since(
     (dg.AutomationCondition.newly_requested() & ~_RAW_UPDATED) | dg.AutomationCondition.initial_evaluation()
 )
-# The history of a day comes at once, so a run of a backfill that had it is an answer.
+# The history of a day comes at once, so a run of a backfill that used it is an answer.
 _HISTORY_UNANSWERED = (
     dg.AutomationCondition.any_deps_updated()
     .allow(_HISTORY)

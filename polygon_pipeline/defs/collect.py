@@ -38,7 +38,7 @@ _CHECKPOINT_SECONDS = 300.0
 
 # The reasons for which a run ends as canceled.
 _TERMINATED = "terminated"
-_ORPHANED = "orphaned: nobody manages this run any more"
+_ORPHANED = "orphaned: no Dagster process manages this run any more"
 
 # Asked now and then whether a run is to end; gives the reason, or None.
 Ending = Callable[[], str | None]
@@ -54,7 +54,7 @@ class CollectConfig(dg.Config):
     )
     stop_after_seconds: float | None = Field(default=None, gt=0, description="End then, whatever the session does")
     write_objects: bool | None = Field(
-        default=None, description="One raw-data object a bar; on for a watch list, off for the whole market"
+        default=None, description="One raw-data object per bar; on for a watch list, off for the whole market"
     )
     write_frames: bool = Field(default=True, description="Archive every frame in raw-frames")
     checkpoint_seconds: float | None = Field(

@@ -80,7 +80,7 @@ def reference(
     if problems:
         passing = any(isinstance(problem, HistoryUnavailable) for problem in problems)
         raise dg.Failure(
-            f"{len(problems)} of {len(days)} days could not be had; the first: {problems[0]}", allow_retries=passing
+            f"{len(problems)} of {len(days)} days could not be fetched; the first: {problems[0]}", allow_retries=passing
         )
 
 

@@ -1,4 +1,7 @@
-"""The resources: Polygon and the lake. They hold configuration and build clients when asked, never at import."""
+"""The resources: Polygon and the lake. They hold configuration and build clients when asked, never at import.
+
+Belongs here: what Dagster configures, on top of the environment. Does not belong here: checking it (settings).
+"""
 
 import os
 import tempfile

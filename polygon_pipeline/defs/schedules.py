@@ -1,4 +1,7 @@
-"""The schedules. When they ask for nothing, they say why."""
+"""The schedules. When they ask for nothing, they say why.
+
+Belongs here: when and for which days. Does not belong here: what is out of date (datasets.staleness).
+"""
 
 from collections.abc import Collection
 from datetime import UTC, date, datetime, timedelta
@@ -11,7 +14,7 @@ from polygon_pipeline.defs.partitions import latest_materialization
 from polygon_pipeline.defs.reference import reference_job
 from polygon_pipeline.market import calendar
 
-# Two weeks: what failed while nobody looked is made once the cause is gone. Older days are a backfill.
+# Two weeks: what failed unnoticed is made once the cause is gone. Older days are a backfill.
 CATCH_UP_DAYS = 10
 
 # Published files are replaced within days, if at all.

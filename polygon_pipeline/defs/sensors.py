@@ -112,5 +112,5 @@ datasets_follow_sensor = dg.AutomationConditionSensorDefinition(
     target=dg.AssetSelection.all(),
     default_status=dg.DefaultSensorStatus.RUNNING,
     minimum_interval_seconds=15,
-    description="Makes the datasets of a day anew whenever their inputs have changed.",
+    description="Makes the datasets of a day again whenever their inputs have changed.",
 )

@@ -1,4 +1,4 @@
-"""The life of run processes: signals to them, runs whose process is lost, processes that nobody manages any more.
+"""The life of run processes: signals to them, runs whose process is lost, processes that Dagster no longer manages.
 
 Belongs here: what a process or Dagster's instance must be asked. Does not belong here: who asks (collect, sensors), and
 when a collector counts as lost (collector.launching, collector.lease).
@@ -80,8 +80,8 @@ def orphan_watch(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Callable[[
 def report_canceling(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
     """Lets the interruption that follows end the run as canceled; without it Dagster would call it a failure.
 
-    A run that somebody terminates is to stay ended, and so it is tagged; one whose process gets a signal alone goes on
-    with the next start of Dagster.
+    A run that is terminated by hand is to stay ended, and so it is tagged; one whose process only gets a signal goes
+    on with the next start of Dagster.
     """
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:

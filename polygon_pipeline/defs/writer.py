@@ -44,7 +44,7 @@ def day_metadata(lake: Lake, name: str, day: str, file: Path) -> dict[str, Any]:
 def _column_schema(name: str, file: Path) -> dg.TableSchema:
     import pyarrow.parquet as pq
 
-    known = [dataset for dataset in catalog.DATASETS if dataset.name == name]  # anybody's asset may use the IO manager
+    known = [dataset for dataset in catalog.DATASETS if dataset.name == name]  # other assets may use the IO manager too
     descriptions = {column.name: column.description for dataset in known for column in dataset.columns}
     columns = pq.read_schema(file)
     return dg.TableSchema(

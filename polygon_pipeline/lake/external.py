@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # S3 lists a thousand objects a request.
 PAGE_OBJECTS = 1000
 
-# Requests that a walk makes in one look: seconds of work, and with a look a minute some dollars a month on AWS.
+# Requests that a walk makes in one look: seconds of work, and with one look per minute some dollars per month on AWS.
 PAGES = 10
 
 # A day that got no object for so long is taken for uploaded.

@@ -24,7 +24,7 @@ from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 
-# Which time tells what a connection covered. "processing": the clock, because a minute's bar comes within seconds of
+# Which time says what a connection covered. "processing": the clock, because a minute's bar comes within seconds of
 # the minute's end. "event": the bars' own, because the feed plays a past day, faster than the clock (a simulator).
 TimeBase = Literal["processing", "event"]
 

@@ -1,6 +1,7 @@
 """The store behind the lake: one code path for `s3://bucket/prefix` and `file:///path`, on obstore.
 
-Belongs here: opening a store, its credentials and timeouts, moving many objects, and which errors are permanent. Does not belong here: keys (lake.layout) and what the objects contain.
+Belongs here: opening a store, its credentials and timeouts, moving many objects, and which errors are permanent. Does
+not belong here: keys (lake.layout) and what the objects contain.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ early closes are exchange_calendars' XNYS; the extended hours (04:00-09:30 and 1
 
 Sessions run from 2003-09-10, the vendor's first day of minute bars, to the end of next year or later. The closures
 are read from closures.json, because every process of every run needs them, and asking the library takes a second.
-The file is the library's word (`python -m polygon_pipeline.market.calendar` writes it anew, a test compares); where
+The file has what the library says (`python -m polygon_pipeline.market.calendar` writes it, a test compares); where
 it does not reach, the library is asked.
 """
 

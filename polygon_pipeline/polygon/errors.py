@@ -9,7 +9,7 @@ from datetime import datetime
 
 
 class HistoryRefused(Exception):
-    """The vendor will not serve this, or not to these credentials: trying again cannot help. Says what to mend."""
+    """The vendor will not serve this, or not to these credentials: trying again cannot help. Says what to correct."""
 
 
 class HistoryUnavailable(Exception):
@@ -17,7 +17,7 @@ class HistoryUnavailable(Exception):
 
 
 class NotYetPublished(Exception):
-    """The vendor does not have this yet. next_try: when to ask again (aware), or None where nobody can tell."""
+    """The vendor does not have this yet. next_try: when to ask again (aware), or None where that is unknown."""
 
     def __init__(self, message: str, next_try: datetime | None = None) -> None:
         super().__init__(message)

@@ -1,9 +1,9 @@
 """The vendor's flat files: every ticker's minute bars of a day, as one compressed CSV in an S3 bucket.
 
 Belongs here: which file is a day's, when it is there, and fetching it once. Does not belong here: the bucket's
-credentials (whoever opens the store has them), and what is in the file.
+credentials (the store is opened with them), and what is in the file.
 
-A published file may be replaced later: its ETag tells, and a file that is the same is not fetched again.
+A published file may be replaced later: its ETag shows it, and an unchanged file is not fetched again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the vendor's WebSocket messages say: one frame in, its bars, statuses and refusals out.
 
 Belongs here: the vendor's field names, what each really means, and what is refused. Does not belong here: the
-connection (polygon.stream), or what a bar may be whoever sent it (market.bars).
+connection (polygon.stream), or what any bar must keep (market.bars).
 
 A frame is an object or an array of them, of mixed kinds. An event of an unknown kind is counted and left alone;
 one that claims to be an aggregate or a status and cannot be read is refused with its reason, and the rest of its
@@ -99,7 +99,7 @@ class Frame(NamedTuple):
 
     @property
     def bars(self) -> list[tuple[Channel, Bar]]:
-        """The bars, in the order of their events. Made anew at every call, because only the objects need them."""
+        """The bars, in the order of their events. Built at every call, because only the objects need them."""
         return [(_CHANNELS[type(aggregate)], _bar(aggregate)) for aggregate in self.aggregates]
 
     def arrivals(self, channel: Channel) -> list[Arrival]:
@@ -201,7 +201,7 @@ def _decode_sound(payloads: Sequence[bytes], received_at: datetime) -> list[Fram
     events = list(chain.from_iterable(frames))
     only_aggregates = Status not in set(map(type, events))
     aggregates: Any = events if only_aggregates else [event for event in events if not isinstance(event, Status)]
-    if not _all_sound(aggregates, received_at) and any(_fault(event, received_at) for event in aggregates):
+    if not _all_sound(aggregates, received_at) and any(_error_of(event, received_at) for event in aggregates):
         return None
     if only_aggregates:
         sound: Any = frames
@@ -240,8 +240,8 @@ def _decode_piecemeal(payload: bytes, received_at: datetime | None) -> Frame:
             if isinstance(event, Status):
                 statuses.append(event)
             elif received_at is not None:
-                if fault := _fault(event, received_at):
-                    raise ValueError(fault)
+                if reason := _error_of(event, received_at):
+                    raise ValueError(reason)
                 aggregates.append(event)
         except _UNDECODABLE as error:
             refused.append(Refusal(None if is_object else index, part, str(error)))
@@ -258,7 +258,7 @@ def _check_text(content: bytes) -> None:
 
 
 def _all_sound(aggregates: Sequence[Aggregate], received_at: datetime) -> bool:
-    """Whether _fault would certainly find nothing: the same rules for a whole frame at once, a fifth of the work."""
+    """Whether _error_of would certainly find nothing: the same rules for a whole frame at once, a fifth of the work."""
     if any(
         type(start) is not int or timestamp_error(start, received_at) for start in {event.s for event in aggregates}
     ):
@@ -281,13 +281,13 @@ def _all_sound(aggregates: Sequence[Aggregate], received_at: datetime) -> bool:
     return text.count(",") == len(fractional) and _PLAIN_VOLUMES.fullmatch(text) is not None
 
 
-def _fault(event: Aggregate, received_at: datetime) -> str | None:
+def _error_of(event: Aggregate, received_at: datetime) -> str | None:
     """Why there is no bar that this aggregate stands for, or None if there is."""
     start_ms = int(event.s)
     if start_ms != event.s:
         return f"the timestamp {event.s} is not a whole number of milliseconds"
-    if fault := ticker_error(event.sym) or timestamp_error(start_ms, received_at):
-        return fault
+    if error := ticker_error(event.sym) or timestamp_error(start_ms, received_at):
+        return error
     if _open(event) is None:
         return "there is no opening price: neither o nor a non-zero op"
     volume = _volume(event)

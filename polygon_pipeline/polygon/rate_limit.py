@@ -24,7 +24,7 @@ from pathlib import Path
 _STEP_SECONDS = 0.05
 # No turn of any process counts longer, whatever its limit.
 _LONGEST_SECONDS = 120.0
-# From this many requests a minute on, the limit is kept by the second: 6,000 a minute are meant as a hundred a second.
+# From this many requests per minute on, the limit is kept by the second: 6,000 per minute mean 100 per second.
 _BY_THE_SECOND = 600
 
 
@@ -35,7 +35,7 @@ class Stopped(Exception):
 class RateLimit:
     """At most `requests` in any `seconds`, over all processes that name the same file.
 
-    The file is a list of doubles, one a turn: until when it counts, on the machine's monotonic clock. It is locked
+    The file is a list of doubles, one per turn: until when it counts, on the machine's monotonic clock. It is locked
     (flock) only while it is looked at, so the kernel frees it when a process is killed. in_flight_seconds: within
     which a request that was begun reaches the server; the turn of a killed process counts that much longer.
     """
@@ -51,7 +51,7 @@ class RateLimit:
 
     @classmethod
     def per_minute(cls, path: Path, requests: int) -> RateLimit:
-        """The limit for a plan's requests a minute; a large one is spread over the minute's seconds."""
+        """The limit for a plan's requests per minute; a large one is spread over the minute's seconds."""
         return cls(path, requests // 60, 1.0) if requests >= _BY_THE_SECOND else cls(path, requests, 60.0)
 
     @property
@@ -95,7 +95,9 @@ class RateLimit:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)  # opened anew, so that threads exclude each other
+        file = os.open(
+            self._path, os.O_RDWR | os.O_CREAT, 0o600
+        )  # opened at every call, so that threads exclude each other
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file

@@ -84,7 +84,7 @@ class Page(NamedTuple):
 
     @property
     def bars(self) -> list[HistoryBar]:
-        """The bars, decoded anew at every call."""
+        """The bars, decoded at every call."""
         return _decode_bars(self.content)
 
 
@@ -105,7 +105,7 @@ class _Answer(msgspec.Struct):
     status: str = ""
 
 
-class _Complaint(msgspec.Struct):
+class _ErrorBody(msgspec.Struct):
     """The vendor's reason for a refusal, under one of two names."""
 
     message: str = ""
@@ -113,7 +113,7 @@ class _Complaint(msgspec.Struct):
 
 
 class _Passing(Exception):
-    """A fault that may be gone with the next try. pause: the seconds that the server asks for."""
+    """An error that may be gone with the next try. pause: the seconds that the server asks for."""
 
     def __init__(self, cause: str, pause: float = 0.0) -> None:
         super().__init__(cause)
@@ -190,8 +190,8 @@ class RestHistory:
                 raise
 
     def _pages(self, ticker: str, first: date | int, last: date | int, stop: threading.Event) -> Iterator[Page]:
-        if fault := ticker_error(ticker):
-            raise ValueError(f"{ticker!r} cannot be asked for: {fault}")
+        if error := ticker_error(ticker):
+            raise ValueError(f"{ticker!r} cannot be asked for: {error}")
         path = f"/v2/aggs/ticker/{quote(ticker, safe='')}/range/1/minute/{first}/{last}"
         url: str | None = f"{self._url}{path}?adjusted=false&sort=asc&limit={_PAGE_LIMIT}"
         asked: set[str] = set()
@@ -220,8 +220,8 @@ class RestHistory:
         )
         try:
             asked_at, body = retrying(self._request, url, name, stop)
-        except _Passing as fault:
-            raise HistoryUnavailable(f"{name} failed {_TRIES} times, the last time because {fault}.") from fault
+        except _Passing as error:
+            raise HistoryUnavailable(f"{name} failed {_TRIES} times, the last time because {error}.") from error
         try:
             answer = msgspec.json.decode(body, type=_Answer)
             if bytes(answer.results) == b"null":
@@ -262,16 +262,16 @@ class RestHistory:
                 raise HistoryRefused(f"{name} answered {status} ({reason}). Check POLYGON_REST_URL and what was asked.")
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
-        fault = state.outcome.exception() if state.outcome else None
-        asked_for = fault.pause if isinstance(fault, _Passing) else 0.0
+        error = state.outcome.exception() if state.outcome else None
+        asked_for = error.pause if isinstance(error, _Passing) else 0.0
         return max(asked_for, self._backoff(state))
 
     def _reason(self, body: bytes) -> str:
         """What the vendor says of a refusal; 429 says nothing at all."""
         reason = body[:300].decode(errors="replace")
         with suppress(ValueError, RecursionError):
-            complaint = msgspec.json.decode(body, type=_Complaint)
-            reason = complaint.message or complaint.error or reason
+            error_body = msgspec.json.decode(body, type=_ErrorBody)
+            reason = error_body.message or error_body.error or reason
         return self._safe(reason) or "no reason given"
 
     def _safe(self, text: str) -> str:
@@ -279,7 +279,7 @@ class RestHistory:
 
 
 def seconds_left(done: int, total: int, elapsed: float, per_second: float) -> float:
-    """How long the rest takes: at the pace so far (elapsed seconds), but no faster than the limit (requests a second).
+    """How long the rest takes: at the pace so far (elapsed seconds), but no faster than the limit (per second).
 
     The first requests of a small limit come at once, so that the pace alone would promise too much.
     """
