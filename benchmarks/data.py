@@ -11,11 +11,12 @@ from pathlib import Path
 
 from benchmarks.harness import Run, say
 from polygon_pipeline.lake import archive, layout
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import first_tickers
+from polygon_pipeline_tests.support import lakes
 
 DAY = date(2026, 1, 26)
 WHOLE_MARKET = 11_000
@@ -53,7 +54,7 @@ def frames_lake(run: Run, tickers: int, channel: Channel = Channel.MINUTE) -> tu
 
 
 def local_lake(folder: Path) -> Lake:
-    return open_lake((folder / "lake").as_uri(), _no_s3)
+    return lakes.local_lake(folder / "lake")
 
 
 def frame_files(lake: Lake) -> list[Path]:
@@ -80,7 +81,3 @@ def _archive(lake: Lake, day: Iterator[tuple[datetime, bytes, int]]) -> int:
 def _frame(events: list[Event]) -> tuple[datetime, bytes, int]:
     arrival = datetime.fromtimestamp(events[-1].emit_ms / 1000, UTC)
     return arrival, b"[" + b",".join(event.payload for event in events) + b"]", len(events)
-
-
-def _no_s3() -> S3Access:
-    raise NotImplementedError("the benchmarks' data is local")

@@ -18,7 +18,7 @@ from benchmarks import data
 from benchmarks.harness import Measured, Run, Table, Timed, at_least, at_most, contest, measure
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.records import encode_record
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon.messages import decode_frame
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
@@ -36,7 +36,7 @@ class Server:
     """What a process of a contender needs to reach the server of another."""
 
     def __init__(self, server: SeaweedFS) -> None:
-        self._endpoint, self._key, self._secret = server.endpoint_url, server.access_key, server.secret_key
+        self._address = server.address
         self._buckets = 0
 
     def new_bucket(self) -> str:
@@ -46,33 +46,19 @@ class Server:
         return name
 
     def client(self) -> Any:
-        import boto3
         from botocore.config import Config
 
-        return boto3.client(
-            "s3",
-            endpoint_url=self._endpoint,
-            aws_access_key_id=self._key,
-            aws_secret_access_key=self._secret,
-            region_name="us-east-1",
-            config=Config(max_pool_connections=32),
-        )
+        config = Config(max_pool_connections=32)
+        return self._address.session().client("s3", endpoint_url=self._address.endpoint_url, config=config)
 
     def options(self) -> dict[str, str]:
         """As Polars wants them."""
-        return {
-            "aws_endpoint_url": self._endpoint,
-            "aws_access_key_id": self._key,
-            "aws_secret_access_key": self._secret,
-            "aws_region": "us-east-1",
-            "aws_allow_http": "true",
-        }
+        names = {"AWS_DEFAULT_REGION": "aws_region"}
+        options = {names.get(name, name.lower()): value for name, value in self._address.environment().items()}
+        return options | {"aws_allow_http": "true"}
 
     def lake(self, bucket: str) -> Lake:
-        import boto3
-
-        session = boto3.Session(self._key, self._secret, region_name="us-east-1")
-        return open_lake(f"s3://{bucket}", lambda: S3Access(session, self._endpoint))
+        return open_lake(f"s3://{bucket}", self._address.access)
 
 
 def frames(seed: int) -> list[bytes]:

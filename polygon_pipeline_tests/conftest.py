@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline_tests.support import real_bars
+from polygon_pipeline_tests.support.lakes import local_lake
+from polygon_pipeline_tests.support.real_bars import RecordedBars
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 
@@ -29,9 +32,19 @@ def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]
     return lambda line: record_property("account", line)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes minutes and mostly waits goes first, so that the others run beside it."""
+    """Marks as slow what needs the S3 server. The file that takes minutes and mostly waits goes first, so that the
+    others run beside it."""
+    for item in items:
+        if isinstance(item, pytest.Function) and _needs_s3(item):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name != "test_dagster_dev.py")
+
+
+def _needs_s3(item: pytest.Function) -> bool:
+    chosen = item.callspec.params.get("lake") if hasattr(item, "callspec") else None
+    return "seaweedfs" in item.fixturenames or chosen == "s3"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -54,12 +67,15 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def recorded_bars(tmp_path_factory: pytest.TempPathFactory) -> RecordedBars:
+    """Three days' bars of two tickers: real ones where they are at hand, and made ones otherwise."""
+    return real_bars.recorded_bars(tmp_path_factory.mktemp("recorded-bars"))
+
+
 @pytest.fixture
 def file_lake(tmp_path: Path) -> Lake:
-    def no_s3() -> S3Access:
-        raise AssertionError("a file lake asks for no access to S3")
-
-    return open_lake((tmp_path / "lake").as_uri(), no_s3)
+    return local_lake(tmp_path / "lake")
 
 
 @pytest.fixture

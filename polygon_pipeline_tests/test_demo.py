@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from polygon_pipeline import demo
+from polygon_pipeline.collector.launching import Outcome, PastRun, Wait
+from polygon_pipeline.market.calendar import completed_sessions
 from polygon_pipeline.settings import load
+from polygon_pipeline_tests.support.bars import DAY
+from polygon_pipeline_tests.support.past_runs import past_runs
 
 REAL = {"POLYGON_API_KEY": "a-key", "POLYGON_TICKERS": "SPY"}
 
@@ -26,7 +33,7 @@ def test_without_a_key_a_watch_list_fills_a_demo_lake(environment: dict[str, str
     assert found.journal_dir == tmp_path / "var/demo/journal"
 
 
-def test_what_is_set_is_kept(tmp_path: Path) -> None:
+def test_values_that_are_set_are_kept(tmp_path: Path) -> None:
     environment = {"POLYGON_TICKERS": "SPY", "LAKE_URI": tmp_path.as_uri(), "JOURNAL_DIR": str(tmp_path)}
     found = load(demo.with_defaults(environment))
     assert (found.tickers, found.lake_uri, found.journal_dir) == (("SPY",), tmp_path.as_uri(), tmp_path)
@@ -42,6 +49,40 @@ def test_simulated_and_real_defaults_share_no_folder() -> None:
     assert simulated.journal_dir != real.journal_dir
 
 
-def test_the_built_in_simulator_is_asked_without_a_plans_limit_and_another_with_it() -> None:
+def test_the_built_in_simulator_has_a_high_request_limit_and_another_server_the_free_plans() -> None:
     assert load(demo.with_defaults({})).rest_requests_per_minute == 6000
     assert load(demo.with_defaults({"POLYGON_REST_URL": "http://127.0.0.1:1"})).rest_requests_per_minute == 5
+
+
+# Which sessions are played
+
+_moments = st.integers(0, 11 * 86_400).map(
+    lambda seconds: datetime(2026, 1, 23, tzinfo=UTC) + timedelta(seconds=seconds)
+)
+
+
+@given(data=st.data(), now=_moments)
+def test_the_demo_plays_its_sessions_in_order_and_then_waits(data: st.DataObject, now: datetime) -> None:
+    runs: list[PastRun] = []
+    played = []
+    for _ in range(4 * demo.SESSIONS):
+        decision = demo.decide(now, now, runs)
+        if isinstance(decision, Wait):
+            break
+        assert decision.attempt == 1 + sum(run.session_date == decision.session_date for run in runs)
+        attempts = decision.attempt
+        ends = [Outcome.SUCCEEDED, Outcome.STOPPED, *([Outcome.INTERRUPTED, Outcome.FAILED] if attempts == 1 else [])]
+        outcome = data.draw(st.sampled_from(ends))
+        runs.insert(0, PastRun(decision.session_date, outcome, now))
+        if outcome in (Outcome.SUCCEEDED, Outcome.STOPPED):
+            played.append(decision.session_date)
+    assert played == completed_sessions(now, demo.SESSIONS)
+    assert isinstance(decision, Wait)
+    assert "are played" in decision.reason
+
+
+@given(data=st.data(), now=_moments, loaded_at=_moments)
+def test_nothing_is_played_beside_an_active_run(data: st.DataObject, now: datetime, loaded_at: datetime) -> None:
+    days = [DAY, DAY - timedelta(days=3), DAY + timedelta(days=1), *completed_sessions(now, 2)]
+    runs = data.draw(past_runs(now, days, active=True))
+    assert isinstance(demo.decide(now, loaded_at, runs), Wait)

@@ -1,8 +1,7 @@
-"""The main job, end to end: real bars through a real WebSocket, the job and the assets, into a real lake."""
+"""The main job, end to end: recorded bars through a real WebSocket, the job and the assets, into a real lake."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -16,40 +15,45 @@ from typing import Any
 
 import dagster as dg
 import duckdb
-import pyarrow as pa
 import pytest
 
 from polygon_pipeline.collector.journal import RecordType, leftovers
+from polygon_pipeline.datasets.catalog import DERIVED, NORMALIZED_BARS
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.ledger import decode_ledger
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.market.bars import iso_seconds
 from polygon_pipeline.market.calendar import trade_date
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.replay import CsvFeed
+from polygon_pipeline_tests.support.archives import unpacked
+from polygon_pipeline_tests.support.lakes import local_lake
+from polygon_pipeline_tests.support.materializing import materialize
+from polygon_pipeline_tests.support.real_bars import RecordedBars
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
+from polygon_pipeline_tests.support.waiting import until
 
-_REAL_BARS = Path(__file__).parents[2] / "shared" / "data" / "real-bars"
-_DAYS = ["2013-10-07", "2013-10-08", "2013-10-09"]
+pytestmark = pytest.mark.slow
+
 _KEY = "the-key-that-nobody-may-see-7d1f"
-_DATASETS = ["normalized_bars", "bars_5m", "bars_15m", "bars_1h", "daily_bars"]
-
-needs_real_bars = pytest.mark.skipif(not _REAL_BARS.is_dir(), reason="the real bars are not beside this checkout")
+_DATASETS = [NORMALIZED_BARS.name, *(dataset.name for dataset in DERIVED)]
 
 
 @pytest.fixture
-def exchange() -> Iterator[Exchange]:
-    """A simulated exchange that replays the real bars as fast as they are read."""
-    with Exchange(CsvFeed(_REAL_BARS / "minute.csv"), speed=0, key=_KEY) as exchange:
+def exchange(recorded_bars: RecordedBars) -> Iterator[Exchange]:
+    """A simulated exchange that replays the recorded bars as fast as they are read."""
+    with Exchange(CsvFeed(recorded_bars.minute_file), speed=0, key=_KEY) as exchange:
         yield exchange
 
 
 @pytest.fixture
-def environment(exchange: Exchange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def environment(
+    exchange: Exchange, recorded_bars: RecordedBars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> pytest.MonkeyPatch:
     monkeypatch.setenv("POLYGON_API_KEY", _KEY)
     monkeypatch.setenv("POLYGON_WEBSOCKET_URL", exchange.url)
-    monkeypatch.setenv("POLYGON_TICKERS", "SPY,IBM")
+    monkeypatch.setenv("POLYGON_TICKERS", ",".join(recorded_bars.tickers))
     monkeypatch.setenv("LAKE_URI", (tmp_path / "lake").as_uri())
     monkeypatch.setenv("JOURNAL_DIR", str(tmp_path / "journal"))
     return monkeypatch
@@ -60,16 +64,9 @@ def s3_environment(environment: pytest.MonkeyPatch, seaweedfs: SeaweedFS) -> str
     """The same, with the lake in a bucket of SeaweedFS; returns the lake's URI."""
     uri = f"s3://{seaweedfs.new_bucket()}/lake"
     environment.setenv("LAKE_URI", uri)
-    environment.setenv("AWS_ENDPOINT_URL", seaweedfs.endpoint_url)
-    environment.setenv("AWS_ACCESS_KEY_ID", seaweedfs.access_key)
-    environment.setenv("AWS_SECRET_ACCESS_KEY", seaweedfs.secret_key)
-    environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in seaweedfs.address.environment().items():
+        environment.setenv(name, value)
     return uri
-
-
-def _real_bars() -> list[dict[str, str]]:
-    with (_REAL_BARS / "minute.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def _collect(instance: dg.DagsterInstance, **config: Any) -> dg.ExecuteInProcessResult:
@@ -78,31 +75,25 @@ def _collect(instance: dg.DagsterInstance, **config: Any) -> dg.ExecuteInProcess
     return job.execute_in_process(run_config=run_config, instance=instance)
 
 
-def _materialize(instance: dg.DagsterInstance, day: str, names: list[str]) -> dg.ExecuteInProcessResult:
-    job = build_defs().get_implicit_global_asset_job_def()
-    return job.execute_in_process(
-        instance=instance, partition_key=day, asset_selection=[dg.AssetKey(name) for name in names]
-    )
-
-
-@needs_real_bars
-def test_real_bars_become_objects_normalized_rows_and_daily_bars(
-    environment: pytest.MonkeyPatch, tmp_path: Path, say: Callable[[str], None]
+def test_recorded_bars_become_objects_normalized_rows_and_daily_bars(
+    environment: pytest.MonkeyPatch, recorded_bars: RecordedBars, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
-    lake = open_lake((tmp_path / "lake").as_uri(), _no_s3)
+    lake = local_lake(tmp_path / "lake")
+    days = recorded_bars.days
     with dg.instance_for_test() as instance:
         assert _collect(instance).success
-        assert instance.get_materialized_partitions(dg.AssetKey("raw_bars")) == set(_DAYS)
-        for day in _DAYS:
-            result = _materialize(instance, day, _DATASETS)
+        assert instance.get_materialized_partitions(dg.AssetKey("raw_bars")) == set(days)
+        for day in days:
+            result = materialize(instance, _DATASETS, day)
             assert all(check.passed for check in result.get_asset_check_evaluations())
             assert len(result.get_asset_check_evaluations()) == 7
-    bars = _real_bars()
-    assert len(bars) == 3769
+    bars = recorded_bars.bars()
+    assert len(days) == 3
+    assert len(bars) > 1000
     _assert_objects(lake, bars)
     assert not list((tmp_path / "journal").iterdir())
     ledgers = [decode_ledger(lake.get(key) or b"") for key in lake.keys("ledger/")]
-    assert all(ledger.complete and not ledger.imbalance and ledger.account.bars == 3769 for ledger in ledgers)
+    assert all(ledger.complete and not ledger.imbalance and ledger.account.bars == len(bars) for ledger in ledgers)
 
     datasets = tmp_path / "lake" / "datasets"
     with duckdb.connect() as connection:
@@ -119,7 +110,7 @@ def test_real_bars_become_objects_normalized_rows_and_daily_bars(
     assert rows == sorted(
         (bar["ticker"], int(bar["start_ms"]), *(float(bar[name]) for name in prices), 1, "websocket") for bar in bars
     )
-    _compare_with_official_days({(row[0], row[1]): row[2:] for row in daily}, say)
+    _compare_with_official_days(recorded_bars, {(row[0], row[1]): row[2:] for row in daily}, say)
 
 
 def _assert_objects(lake: Lake, bars: list[dict[str, str]]) -> None:
@@ -151,30 +142,33 @@ def _assert_objects(lake: Lake, bars: list[dict[str, str]]) -> None:
         }
 
 
-def _compare_with_official_days(daily: dict[tuple[str, str], tuple[float, ...]], say: Callable[[str], None]) -> None:
-    """Open, close and SPY's volume are exact; the official high and low leave some prints out, which is shown."""
-    say("real bars: the made daily bars against the official days")
-    with (_REAL_BARS / "daily.csv").open() as file:
-        for official in csv.DictReader(file):
-            made = daily[official["ticker"], official["date"]]
-            wanted = [float(official[name]) for name in ("open", "high", "low", "close", "volume")]
-            differences = [round(ours - theirs, 4) for ours, theirs in zip(made, wanted, strict=True)]
-            say(
-                f"  {official['ticker']} {official['date']}: open {differences[0]:+g}, high {differences[1]:+.2f}, "
-                f"low {differences[2]:+.2f}, close {differences[3]:+g}, volume {differences[4]:+.0f}"
-            )
-            assert differences[0] == 0
-            assert differences[3] == 0
-            assert abs(differences[1]) <= 0.1
-            assert abs(differences[2]) <= 0.1
-            if official["ticker"] == "SPY":
-                assert differences[4] == 0
-
-
-@needs_real_bars
-def test_the_command_line_collects_and_normalizes_into_s3(
-    s3_environment: str, seaweedfs: SeaweedFS, tmp_path: Path
+def _compare_with_official_days(
+    recorded_bars: RecordedBars, daily: dict[tuple[str, str], tuple[float, ...]], say: Callable[[str], None]
 ) -> None:
+    """Open and close are exact; real official highs and lows, and some volumes, leave trades out, which is shown."""
+    official_days = recorded_bars.official_days()
+    assert len(official_days) == len(recorded_bars.days) * len(recorded_bars.tickers)
+    say(f"{'real' if recorded_bars.is_real else 'made'} bars: the daily bars against the official days")
+    for official in official_days:
+        made = daily[official["ticker"], official["date"]]
+        wanted = [float(official[name]) for name in ("open", "high", "low", "close", "volume")]
+        differences = [round(ours - theirs, 4) for ours, theirs in zip(made, wanted, strict=True)]
+        say(
+            f"  {official['ticker']} {official['date']}: open {differences[0]:+g}, high {differences[1]:+.2f}, "
+            f"low {differences[2]:+.2f}, close {differences[3]:+g}, volume {differences[4]:+.0f}"
+        )
+        assert differences[0] == 0
+        assert differences[3] == 0
+        assert abs(differences[1]) <= recorded_bars.extremes_tolerance
+        assert abs(differences[2]) <= recorded_bars.extremes_tolerance
+        if official["ticker"] in recorded_bars.tickers_with_exact_volume:
+            assert differences[4] == 0
+
+
+def test_the_command_line_collects_and_normalizes_into_s3(
+    s3_environment: str, recorded_bars: RecordedBars, seaweedfs: SeaweedFS, tmp_path: Path
+) -> None:
+    day = recorded_bars.days[1]
     home = tmp_path / "dagster-home"
     home.mkdir()
     (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
@@ -182,19 +176,20 @@ def test_the_command_line_collects_and_normalizes_into_s3(
     config.write_text("ops: {collect_aggregates: {config: {stop_after_seconds: 6}}}\n")
     module = ["-m", "polygon_pipeline.definitions"]
     _dagster(home, "job", "execute", *module, "-j", "collect_aggregates", "-c", str(config))
-    _dagster(home, "asset", "materialize", *module, "--select", "normalized_bars", "--partition", "2013-10-08")
+    _dagster(home, "asset", "materialize", *module, "--select", "normalized_bars", "--partition", day)
     lake = open_lake(s3_environment, seaweedfs.access)
-    assert len(lake.keys("raw-data/")) == 3769
+    assert len(lake.keys("raw-data/")) == len(recorded_bars.bars())
     made = tmp_path / "made.parquet"
-    made.write_bytes(lake.get(layout.dataset_key("normalized_bars", "2013-10-08")) or b"")
+    made.write_bytes(lake.get(layout.dataset_key("normalized_bars", day)) or b"")
     with duckdb.connect() as connection:
         counted = connection.execute(f"SELECT ticker, count(*) FROM '{made}' GROUP BY ALL ORDER BY ALL").fetchall()
-    assert counted == [("IBM", 424), ("SPY", 828)]
+    assert counted == recorded_bars.counts(day)
 
 
-@needs_real_bars
-def test_objects_and_frames_can_each_be_switched_off(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    lake = open_lake((tmp_path / "lake").as_uri(), _no_s3)
+def test_objects_and_frames_can_each_be_switched_off(
+    environment: pytest.MonkeyPatch, recorded_bars: RecordedBars, tmp_path: Path
+) -> None:
+    lake = local_lake(tmp_path / "lake")
     with dg.instance_for_test() as instance:
         assert _collect(instance, write_objects=False).success
         assert lake.keys("raw-data/") == []
@@ -202,36 +197,20 @@ def test_objects_and_frames_can_each_be_switched_off(environment: pytest.MonkeyP
         for key in lake.keys("raw-frames/"):
             (tmp_path / "lake" / key).unlink()
     # The feed is over, so a second exchange sends it again.
-    with Exchange(CsvFeed(_REAL_BARS / "minute.csv"), speed=0) as again, dg.instance_for_test() as instance:
+    with Exchange(CsvFeed(recorded_bars.minute_file), speed=0) as again, dg.instance_for_test() as instance:
         environment.setenv("POLYGON_WEBSOCKET_URL", again.url)
         assert _collect(instance, write_frames=False).success
-        assert len(lake.keys("raw-data/")) == 3769
+        assert len(lake.keys("raw-data/")) == len(recorded_bars.bars())
         assert lake.keys("raw-frames/") == []
-        assert _materialize(instance, "2013-10-07", ["normalized_bars"]).success
+        assert materialize(instance, ["normalized_bars"], recorded_bars.days[0]).success
 
 
-def test_a_wrong_key_fails_the_run_at_once_and_says_which_variable_to_mend(
-    environment: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    environment.setenv("POLYGON_API_KEY", "not-the-key")
-    with dg.instance_for_test() as instance, pytest.raises(dg.Failure, match="POLYGON_API_KEY") as failure:
-        _collect(instance, stop_after_seconds=60)
-    assert "not-the-key" not in str(failure.value)
-
-
-def test_a_day_without_raw_bars_fails_with_a_sentence_and_is_not_retried(environment: pytest.MonkeyPatch) -> None:
-    with dg.instance_for_test() as instance, pytest.raises(dg.Failure, match="no raw bars of 2013-10-10") as failure:
-        _materialize(instance, "2013-10-10", ["normalized_bars"])
-    assert failure.value.allow_retries is False
-
-
-@needs_real_bars
 def test_the_key_is_in_no_log_event_ledger_journal_error_or_url(
-    environment: pytest.MonkeyPatch, tmp_path: Path, say: Callable[[str], None]
+    environment: pytest.MonkeyPatch, recorded_bars: RecordedBars, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     """Of a run that goes well, and of one whose key is refused."""
     printed = _collect_by_command(environment, tmp_path)
-    with Exchange(CsvFeed(_REAL_BARS / "minute.csv"), speed=0, key="another-key") as strict:
+    with Exchange(CsvFeed(recorded_bars.minute_file), speed=0, key="another-key") as strict:
         environment.setenv("POLYGON_WEBSOCKET_URL", strict.url)
         environment.setenv("LAKE_URI", (tmp_path / "refused").as_uri())
         printed += _collect_by_command(environment, tmp_path)
@@ -243,8 +222,7 @@ def test_the_key_is_in_no_log_event_ledger_journal_error_or_url(
     say(f"secrets: {len(files):,} files and {len(printed):,} printed bytes searched, the key in none")
 
 
-@needs_real_bars
-def test_a_second_signal_ends_a_run_at_once_and_the_journal_keeps_what_came(
+def test_a_second_signal_ends_a_run_at_once_and_the_journal_keeps_what_was_received(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     environment.setenv("LAKE_URI", "s3://nowhere/lake")
@@ -252,7 +230,7 @@ def test_a_second_signal_ends_a_run_at_once_and_the_journal_keeps_what_came(
         environment.setenv(name, value)
     process = subprocess.Popen(_collect_command(environment, tmp_path), stdout=subprocess.DEVNULL)
     journal = tmp_path / "journal"
-    _until(lambda: any(_frames_in(folder) for folder in journal.glob("2*")), "frames are in the journal")
+    until(lambda: any(_frames_in(folder) for folder in journal.glob("2*")), "frames are in the journal")
     process.send_signal(signal.SIGTERM)
     time.sleep(3)
     assert process.poll() is None, "the first signal drains, and the lake is down"
@@ -291,22 +269,11 @@ def _collect_command(environment: pytest.MonkeyPatch, tmp_path: Path) -> list[st
 
 def _plain(path: Path) -> bytes:
     content = path.read_bytes()
-    if path.suffix != ".zst":
-        return content
-    with pa.input_stream(path, compression="zstd") as stream:
-        plain: bytes = stream.read()
-    return plain
+    return unpacked(content) if path.suffix == ".zst" else content
 
 
 def _frames_in(folder: Path) -> bool:
     return any(path.stat().st_size > 100_000 for path in folder.glob("*.segment"))
-
-
-def _until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.2)
 
 
 def _dagster(home: Path, *arguments: str) -> None:
@@ -319,7 +286,3 @@ def _dagster(home: Path, *arguments: str) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-
-
-def _no_s3() -> S3Access:
-    raise AssertionError("this lake is local")

@@ -41,7 +41,7 @@ def test_without_a_key_the_feed_is_simulated_by_a_server_without_a_fixed_port() 
 
 
 @pytest.mark.parametrize("environment", [{}, {"POLYGON_TICKERS": ""}, {"POLYGON_TICKERS": " "}])
-def test_whoever_names_no_tickers_is_told_the_variable(environment: dict[str, str]) -> None:
+def test_without_tickers_the_error_names_the_variable(environment: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match="POLYGON_TICKERS is not set"):
         load({"POLYGON_API_KEY": KEY, **environment})
 
@@ -64,7 +64,7 @@ def test_no_key_and_the_simulators_name_are_the_simulator(key: str) -> None:
     assert load(SIMULATED | {"POLYGON_API_KEY": key}).is_simulated
 
 
-def test_white_space_around_a_key_is_no_part_of_it() -> None:
+def test_white_space_around_a_key_is_removed() -> None:
     assert load(REAL | {"POLYGON_API_KEY": f" {KEY}\n"}).api_key == KEY
 
 
@@ -78,7 +78,7 @@ def test_the_flat_files_secret_is_not_shown() -> None:
     assert SECRET not in repr(load(REAL | FLAT_FILES))
 
 
-def test_everything_can_be_said(tmp_path: Path) -> None:
+def test_every_setting_can_be_set(tmp_path: Path) -> None:
     environment = {
         "POLYGON_WEBSOCKET_URL": "wss://delayed.massive.com/stocks",
         "POLYGON_REST_URL": "https://api.polygon.io",
@@ -135,7 +135,7 @@ def test_the_simulator_may_fill_an_s3_lake_when_asked_by_name() -> None:
     assert (found.lake_uri, found.is_simulated) == ("s3://bucket/x", True)
 
 
-def test_the_case_of_a_scheme_opens_no_back_door() -> None:
+def test_the_rule_holds_for_a_scheme_in_any_case() -> None:
     with pytest.raises(ConfigurationError, match="LAKE_URI"):
         load(SIMULATED | {"LAKE_URI": "S3://bucket/x"})
 
@@ -180,7 +180,7 @@ def test_plain_urls_to_anywhere_else_are_refused(host: str) -> None:
         ("POLYGON_REST_URL", "api.massive.com"),
     ],
 )
-def test_a_url_of_another_kind_is_refused_by_its_variables_name(variable: str, url: str) -> None:
+def test_the_error_for_a_url_of_another_kind_names_its_variable(variable: str, url: str) -> None:
     assert variable in refused(**{variable: url})
 
 
@@ -194,7 +194,7 @@ def test_a_url_holds_no_credentials_and_the_error_does_not_repeat_them(tail: str
 
 
 @pytest.mark.parametrize("variable", ["POLYGON_WEBSOCKET_URL", "POLYGON_REST_URL"])
-def test_a_url_that_cannot_even_be_split_is_refused_by_its_variables_name(variable: str) -> None:
+def test_the_error_for_a_malformed_url_names_its_variable(variable: str) -> None:
     assert variable in refused(**{variable: "wss://[nowhere"})
 
 
@@ -212,7 +212,7 @@ def test_the_free_plans_limit_holds_until_another_is_set() -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "6001", "-5", "5.0", "five", " ", "٥", "9" * 5000])
-def test_a_limit_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_limit_is_refused(text: str) -> None:
     assert refused(POLYGON_REST_REQUESTS_PER_MINUTE=text).startswith("POLYGON_REST_REQUESTS_PER_MINUTE")
 
 
@@ -266,12 +266,12 @@ def test_tickers_are_a_list_in_their_own_case_without_repeats(text: str, tickers
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", "A/B", "SPY,..", "SPY,A\\B", "A" * 65, "A\x00B"])
-def test_tickers_that_are_none_are_refused(text: str) -> None:
+def test_invalid_tickers_are_refused(text: str) -> None:
     assert refused(POLYGON_TICKERS=text).startswith("POLYGON_TICKERS")
 
 
 @given(st.text(max_size=20))
-def test_any_text_is_a_list_of_tickers_or_refused_by_name(text: str) -> None:
+def test_any_text_is_a_list_of_tickers_or_refused_with_the_variables_name(text: str) -> None:
     try:
         tickers = settings.parse_tickers(text.split(","))
     except ConfigurationError as error:
@@ -296,7 +296,7 @@ def test_channels_are_a_list_without_repeats(text: str, channels: tuple[Channel,
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", "am", "T", "AM,T", "AM;A", "*"])
-def test_channels_that_are_none_are_refused(text: str) -> None:
+def test_invalid_channels_are_refused(text: str) -> None:
     message = refused(POLYGON_CHANNELS=text)
     assert message.startswith("POLYGON_CHANNELS")
     assert "AM, A or AM,A" in message

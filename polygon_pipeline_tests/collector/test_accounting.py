@@ -1,123 +1,81 @@
-"""The account: what a gap may have cost, and that an account which does not add up says so."""
+"""Counting: what frames and changes of the connection add to a run's account."""
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 
-import pytest
-
-from polygon_pipeline.collector.accounting import archived, count_event, make_ledger
-from polygon_pipeline.collector.journal import JournalHeader
+from polygon_pipeline.collector.accounting import archived, count_event, count_frame, make_ledger
 from polygon_pipeline.lake.archive import ArchivedEvent
-from polygon_pipeline.lake.ledger import Account, Connection, Ledger, connected_minutes
-from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.lake.ledger import Account, Connection
+from polygon_pipeline.polygon.messages import decode_frame
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
+from polygon_pipeline_tests.support.bars import DAY, NOON, aggregate
+from polygon_pipeline_tests.support.events import encode
+from polygon_pipeline_tests.support.journals import journal_header
 
 
 def _at(clock: str) -> datetime:
     return datetime.fromisoformat(f"2026-01-26T{clock}").replace(tzinfo=UTC)
 
 
-def _disconnected(start: str, end: str) -> Account:
+def _count(account: Account, kind: EventKind, detail: str, at: datetime) -> None:
+    count_event(account, archived(ConnectionEvent(kind, detail)), at)
+
+
+def test_every_event_of_a_frame_is_counted_under_its_kind() -> None:
+    account = Account(connections=[Connection(_at("09:00:00"))])
+    events = [
+        aggregate("SPY", NOON),
+        aggregate("SPY", NOON - 60_000),
+        {"ev": "status", "status": "success"},
+        {"ev": "T", "sym": "SPY"},
+        {"ev": "T", "sym": "QQQ"},
+        {"ev": "AM", "sym": "../x"},
+    ]
+    arrival = _at("17:01:00")
+    count_frame(account, decode_frame(encode(events), arrival), arrival)
+    count_frame(account, decode_frame(b"not JSON", arrival), arrival)
+    assert (account.frames, account.events, account.bars, account.statuses) == (2, 7, 2, 1)
+    assert (account.other, account.quarantined) == ({"T": 2}, 2)
+    assert account.last_received_at == arrival
+    [connection] = account.connections
+    assert (connection.first_bar_ms, connection.last_bar_ms) == (NOON, NOON - 60_000)
+
+
+def test_a_connection_lasts_from_its_subscription_to_its_end_and_keeps_the_cause() -> None:
     account = Account()
-    count_event(account, archived(ConnectionEvent(EventKind.SUBSCRIBED, "")), _at("09:00:00"))
-    count_event(account, archived(ConnectionEvent(EventKind.DISCONNECTED, "the connection was lost")), _at(start))
-    count_event(account, archived(ConnectionEvent(EventKind.SUBSCRIBED, "")), _at(end))
-    return account
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "first", "last"),
-    [
-        ("10:00:30", "10:00:31", None, None),
-        ("10:00:30", "10:03:01", "10:00:00", "10:02:00"),
-        ("10:00:03", "10:00:06", "09:59:00", "09:59:00"),
-        ("09:59:59", "10:00:01", "09:59:00", "09:59:00"),
-    ],
-)
-def test_a_gap_names_the_minutes_whose_bars_were_due_in_it(
-    start: str, end: str, first: str | None, last: str | None
-) -> None:
-    (gap,) = _disconnected(start, end).gaps("processing")
-    assert (gap.start, gap.end, gap.cause) == (_at(start), _at(end), "the connection was lost")
-    assert gap.first_minute == (first and _at(first))
-    assert gap.last_minute == (last and _at(last))
+    _count(account, EventKind.CONNECTED, "", _at("08:59:59"))
+    _count(account, EventKind.SUBSCRIBED, "", _at("09:00:00"))
+    _count(account, EventKind.WARNED, "odd", _at("09:30:00"))
+    _count(account, EventKind.DISCONNECTED, "the connection was lost", _at("10:00:30"))
+    _count(account, EventKind.SUBSCRIBED, "", _at("10:00:31"))
+    assert account.connections == [
+        Connection(_at("09:00:00"), _at("10:00:30"), "the connection was lost"),
+        Connection(_at("10:00:31")),
+    ]
+    assert account.warnings == ["2026-01-26T09:30:00Z odd"]
+    (gap,) = account.gaps("processing")
+    assert (gap.start, gap.end, gap.cause) == (_at("10:00:30"), _at("10:00:31"), "the connection was lost")
 
 
 def test_a_gap_is_open_while_the_run_is_not_connected_and_none_after_its_end() -> None:
     account = Account()
-    count_event(account, archived(ConnectionEvent(EventKind.SUBSCRIBED, "")), _at("09:00:00"))
-    count_event(account, archived(ConnectionEvent(EventKind.DISCONNECTED, "gone")), _at("10:00:30"))
+    _count(account, EventKind.SUBSCRIBED, "", _at("09:00:00"))
+    _count(account, EventKind.DISCONNECTED, "gone", _at("10:00:30"))
     (gap,) = account.gaps("processing")
     assert gap.end is None
     count_event(account, ArchivedEvent("ended", "the session is over"), _at("10:01:00"))
     assert account.gaps("processing") == []
 
 
-def test_an_account_that_does_not_add_up_says_where() -> None:
-    account = Account(events=3, bars=2, statuses=1)
-    account.day(date(2026, 1, 26), Channel.MINUTE).bars = 2
-    assert account.imbalance(write_objects=False) == []
-    assert account.imbalance(write_objects=True) == ["2026-01-26 AM: 2 bars, but 0 objects and 0 superseded revisions"]
-    account.events = 4
-    account.day(date(2026, 1, 27), Channel.MINUTE).bars = 1
-    assert account.imbalance(write_objects=False) == [
-        "4 events came in, but 3 are accounted for",
-        "2 bars came in, but 3 are accounted for by day",
-    ]
-
-
-def _ledger(*connections: tuple[str, str | None], last: str | None = None) -> Ledger:
-    day = date(2026, 1, 26)
-    account = Account(
-        connections=[Connection(_at(since), _at(until) if until else None) for since, until in connections],
-        last_received_at=_at(last) if last else None,
-        ended_by="the session is over",
-    )
-    header = JournalHeader("RUN", day, "file:///lake", "simulator", _at("09:00:00"), True, True)
-    return make_ledger(header, account, complete=False)
-
-
-def _clocks(ledgers: list[Ledger]) -> list[tuple[str, str]]:
-    return [
-        (
-            f"{datetime.fromtimestamp(first / 1000, UTC):%H:%M:%S}",
-            f"{datetime.fromtimestamp(last / 1000, UTC):%H:%M:%S}",
-        )
-        for first, last in connected_minutes(ledgers)
-    ]
-
-
-def test_nobody_was_connected_without_a_ledger_or_a_connection() -> None:
-    assert connected_minutes([]) == connected_minutes([_ledger()]) == []
-
-
-@pytest.mark.parametrize(
-    ("start", "end"),
-    [("10:00:30", "10:00:31"), ("10:00:30", "10:03:01"), ("10:00:03", "10:00:06"), ("09:59:59", "10:00:01")],
-)
-def test_the_connected_minutes_of_a_run_are_all_but_those_of_its_gaps(start: str, end: str) -> None:
-    ledger = _ledger(("09:00:30", start), (end, "11:00:30"))
-    inside = {minute for first, last in connected_minutes([ledger]) for minute in range(first, last + 1, 60_000)}
-    (gap,) = ledger.gaps
-    lost = set()
-    if gap.first_minute and gap.last_minute:
-        lost = set(range(int(gap.first_minute.timestamp()) * 1000, int(gap.last_minute.timestamp()) * 1000 + 1, 60_000))
-    whole = range(int(_at("09:00:00").timestamp()) * 1000, int(_at("11:00:00").timestamp()) * 1000, 60_000)
-    assert inside == set(whole) - lost
-
-
-def test_a_run_that_covers_anothers_gap_closes_it() -> None:
-    first = _ledger(("09:00:30", "10:00:30"), ("10:30:30", "11:00:30"))
-    second = _ledger(("10:10:30", "10:20:30"))
-    assert _clocks([first, second]) == [("09:00:00", "09:59:00"), ("10:10:00", "10:19:00"), ("10:30:00", "10:59:00")]
-    assert _clocks([_ledger(("09:50:00", "10:45:00")), first]) == [("09:00:00", "10:59:00")]
-
-
-def test_a_run_that_takes_over_within_a_minute_leaves_no_gap() -> None:
-    assert _clocks([_ledger(("09:00:30", "10:00:30")), _ledger(("10:00:40", "11:00:30"))]) == [("09:00:00", "10:59:00")]
-
-
-def test_a_connection_without_an_end_counts_to_the_last_frame() -> None:
-    assert _clocks([_ledger(("09:00:30", None), last="09:30:10")]) == [("09:00:00", "09:29:00")]
-    assert _clocks([_ledger(("09:00:30", None))]) == []
+def test_a_ledger_says_of_its_run_what_the_journal_says() -> None:
+    account = Account(events=1)
+    _count(account, EventKind.SUBSCRIBED, "", _at("09:00:00"))
+    _count(account, EventKind.DISCONNECTED, "gone", _at("10:00:30"))
+    header = journal_header("run-007")
+    ledger = make_ledger(header, account, complete=False)
+    assert (ledger.run, ledger.feed, ledger.session_date, ledger.complete) == ("run-007", "polygon", DAY, False)
+    assert (ledger.topics, ledger.time_base) == (header.topics, header.time_base)
+    assert ledger.account is account
+    assert ledger.gaps == account.gaps("processing")
+    assert ledger.imbalance == ["1 events came in, but 0 are accounted for"]

@@ -1,33 +1,29 @@
-"""Whole sessions in which everything that can go wrong with a stream does, held against the exchange's own record."""
+"""Whole sessions with every fault that a stream can have, compared with the exchange's own record."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
-from zoneinfo import ZoneInfo
 
 import msgspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from polygon_pipeline.collector.collector import Collector, Plan, Progress
+from polygon_pipeline.collector.collector import Collector, Progress
 from polygon_pipeline.datasets.inputs import normalize_day
-from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.ledger import Ledger, decode_ledger
-from polygon_pipeline.lake.store import Lake, open_lake
+from polygon_pipeline.lake.ledger import Ledger
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.calendar import NEW_YORK
 from polygon_pipeline.polygon import stream
 from polygon_pipeline.polygon.stream import Backoff, StreamRefused
 from polygon_pipeline.simulator import exchange as exchange_module
@@ -35,10 +31,15 @@ from polygon_pipeline.simulator.exchange import Exchange, Served
 from polygon_pipeline.simulator.faults import AT_AUTHENTICATION, Fault, Faults, FaultType, OutgoingFrame
 from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
+from polygon_pipeline_tests.support.archives import archived_lines, quarantined_entries
+from polygon_pipeline_tests.support.bars import DAY
+from polygon_pipeline_tests.support.collecting import plan
+from polygon_pipeline_tests.support.journals import read_ledger
+from polygon_pipeline_tests.support.lakes import local_lake
 
-DAY = date(2026, 1, 26)
+pytestmark = pytest.mark.slow
+
 TOPICS = ("AM.AAPL", "AM.BRK.B", "AM.KIMpL", "AM.TCEHY", "A.TCEHY")
-NEW_YORK = ZoneInfo("America/New_York")
 
 # What ends a connection, and what its gap must give as the cause.
 CAUSES = {
@@ -77,7 +78,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_session_in_which_everything_goes_wrong_loses_nothing_that_arrived(
+def test_a_session_with_every_fault_loses_nothing_that_arrived(
     seed: int, feed: list[Event], tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     chance = random.Random(seed)
@@ -95,7 +96,7 @@ def test_a_session_in_which_everything_goes_wrong_loses_nothing_that_arrived(
     tell(session, f"seed {seed}: {sum(faults.happened.values())} faults", say)
 
 
-def test_a_market_that_waits_for_nobody_leaves_gaps_with_their_causes_and_loses_nothing_that_arrived(
+def test_a_feed_that_does_not_wait_leaves_gaps_with_their_causes_and_loses_nothing_that_arrived(
     feed: list[Event], tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     """All that ends a connection, every 20 minutes of a session that takes 9 seconds; the stall lasts hours of it."""
@@ -105,11 +106,13 @@ def test_a_market_that_waits_for_nobody_leaves_gaps_with_their_causes_and_loses_
 
     assert set(faults.happened) == set(CAUSES)
     holds(session)
-    assert session.ledger.account.bars < len(feed), "some bars came while nobody listened"
+    assert session.ledger.account.bars < len(feed), "some bars were sent while no collector was connected"
     tell(session, "real time", say)
 
 
-def test_a_refused_key_ends_the_run_at_once_and_what_came_before_it_is_kept(feed: list[Event], tmp_path: Path) -> None:
+def test_a_refused_key_ends_the_run_at_once_and_what_was_received_before_is_kept(
+    feed: list[Event], tmp_path: Path
+) -> None:
     faults = Faults([Fault(FaultType.DROP, after_frames=20), Fault(FaultType.AUTH_FAILED, after_frames=20)])
     session = collect(feed, faults, tmp_path)
     assert isinstance(session.failure, StreamRefused)
@@ -119,7 +122,7 @@ def test_a_refused_key_ends_the_run_at_once_and_what_came_before_it_is_kept(feed
 
 
 @pytest.mark.parametrize("kind", [FaultType.BROKEN_OBJECT, FaultType.DEEP_NESTING])
-def test_a_frame_that_is_nonsense_ends_no_run(kind: FaultType, feed: list[Event], tmp_path: Path) -> None:
+def test_an_undecodable_frame_does_not_end_the_run(kind: FaultType, feed: list[Event], tmp_path: Path) -> None:
     session = collect(feed[:200], Faults([Fault(kind, after_frames=3)]), tmp_path)
     assert session.failure is None
     holds(session)
@@ -139,7 +142,7 @@ class Session:
 
 def collect(feed: list[Event], faults: Faults, folder: Path, speed: float = 0) -> Session:
     """Runs a collector against an exchange with these faults, until all that was sent is on the lake."""
-    lake = open_lake(f"file://{folder}/lake", pytest.fail)
+    lake = local_lake(folder / "lake")
     published = 0
 
     def report(progress: Progress) -> None:
@@ -148,26 +151,20 @@ def collect(feed: list[Event], faults: Faults, folder: Path, speed: float = 0) -
 
     failure = None
     with Exchange(feed, speed=speed, batch_limit=6, faults=faults, record=True) as exchange:
-        plan = Plan(
-            run="run",
-            owner="test",
-            session_date=DAY,
+        wanted = plan(
+            exchange.url,
+            folder / "journal",
             feed="simulated",
-            url=exchange.url,
-            key="any",
             topics=TOPICS,
-            journal_dir=folder / "journal",
             checkpoint_seconds=0.5,
             quiet_limit=lambda: 1.5,
         )
         ending = _when_all_is_published(exchange, lambda: published)
         try:
-            Collector(lake, plan, logging.getLogger("chaos")).run(ending, report)
+            Collector(lake, wanted, logging.getLogger("chaos")).run(ending, report)
         except Exception as error:  # noqa: BLE001 what ended the run is the caller's to judge
             failure = error
-    content = lake.get(layout.ledger_key(DAY, "run"))
-    assert content
-    session = Session(exchange, lake, decode_ledger(content), folder, failure)
+    session = Session(exchange, lake, read_ledger(lake), folder, failure)
     session.arrived = _match(_received(lake), exchange.served)
     return session
 
@@ -180,7 +177,7 @@ def _when_all_is_published(exchange: Exchange, published: Callable[[], int]) -> 
         certain = sum(len(f.bars) for served in exchange.served for f in served.frames[: served.acknowledged])
         if exchange.finished.is_set() and _last_is_acknowledged(exchange.served) and published() >= certain:
             return "everything is published"
-        return "waited in vain" if time.monotonic() > give_up else None
+        return "it took too long" if time.monotonic() > give_up else None
 
     return ending
 
@@ -319,33 +316,16 @@ def _received(lake: Lake) -> list[Receipt]:
     """Every frame with bars or faults in the archive and the quarantine, in the order of arrival."""
     kept: dict[str, Counter[bytes]] = defaultdict(Counter)
     bad: dict[str, Counter[bytes]] = defaultdict(Counter)
-    for line in _lines(lake, layout.quarantine_prefix(DAY)):
-        bad[line.received_at][line.raw.encode() or base64.b64decode(line.raw_base64)] += 1
-    for line in _lines(lake, layout.frames_prefix(DAY)):
-        events = enumerate(msgspec.json.decode(line.frame, type=list[msgspec.Raw]))
+    for entry in quarantined_entries(lake, DAY):
+        bad[entry.received_at][entry.raw] += 1
+    for line in archived_lines(lake, DAY):
+        if not line.is_frame:
+            continue
+        events = enumerate(msgspec.json.decode(line.content, type=list[msgspec.Raw]))
         good = [bytes(event) for at, event in events if at not in line.refused]
         if any(b'"ev":"status"' not in event for event in good):
             kept[line.received_at].update(good)
     return [Receipt(at, kept[at], bad[at]) for at in sorted({*kept, *bad})]
-
-
-class _Line(msgspec.Struct):
-    """A line of the archive or of the quarantine."""
-
-    received_at: str
-    frame: msgspec.Raw = msgspec.Raw(b"[]")
-    refused: list[int] = []
-    raw: str = ""
-    raw_base64: str = ""
-
-
-def _lines(lake: Lake, prefix: str) -> Iterator[_Line]:
-    for key in lake.keys(prefix):
-        content = lake.get(key)
-        assert content
-        with pa.input_stream(io.BytesIO(content), compression="zstd" if key.endswith(".zst") else None) as lines:
-            for line in lines.read().splitlines():
-                yield msgspec.json.decode(line, type=_Line)
 
 
 def _match(received: list[Receipt], served: list[Served]) -> list[OutgoingFrame]:

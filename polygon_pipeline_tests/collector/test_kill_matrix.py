@@ -21,20 +21,24 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-import pyarrow as pa
+import pytest
 
 from polygon_pipeline.collector.journal import RecordType, leftovers
 from polygon_pipeline.lake.ledger import decode_ledger
 from polygon_pipeline.lake.store import Lake
-from polygon_pipeline.market.bars import Channel, iso_seconds
+from polygon_pipeline.market.bars import iso_seconds
 from polygon_pipeline.market.calendar import trade_date
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.feed import Event
+from polygon_pipeline_tests.support.archives import archived_lines
+from polygon_pipeline_tests.support.bars import plain_bar
+from polygon_pipeline_tests.support.feeds import feed_event
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
+
+pytestmark = pytest.mark.slow
 
 _START_MS = 1769490000000 - 10 * 60_000  # ten minutes before New York's midnight: the bars are of two days
 _TICKERS = [f"T{number:03d}" for number in range(100)]
@@ -64,13 +68,11 @@ class Doing(StrEnum):
 
 
 def _feed() -> Iterator[Event]:
-    """Every fifth of a second a bar of every ticker, each bar three times, with another price each time; for ever."""
+    """Every fifth of a second a bar of every ticker, each bar three times, with another price each time; endless."""
     for tick in itertools.count():
         start_ms = _START_MS + 60_000 * (tick // _REVISIONS)
         for ticker in _TICKERS:
-            prices = dict.fromkeys("ohlc", tick + 1)
-            bar = {"ev": "AM", "sym": ticker, "v": 9, "vw": 1.5, "s": start_ms, "e": start_ms + 60_000, **prices}
-            yield Event(_START_MS + tick * _TICK_MS, Channel.MINUTE, ticker, msgspec.json.encode(bar))
+            yield feed_event(_START_MS + tick * _TICK_MS, plain_bar(ticker, start_ms, tick + 1))
 
 
 def _collect(environment: Mapping[str, str], log: Path, config: dict[str, Any]) -> None:
@@ -228,17 +230,11 @@ class _Matrix:
         )
 
     def archived(self) -> list[tuple[datetime, bytes]]:
-        found = []
-        content: dict[str, bytes] = {}
-        self.lake.get_many(self.lake.keys("raw-frames"), content.__setitem__)
-        for packed in content.values():
-            lines = pa.CompressedInputStream(pa.BufferReader(packed), "zstd").read().splitlines()
-            for line in lines:
-                entry = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
-                if "frame" in entry:
-                    received_at = datetime.fromisoformat(json.loads(bytes(entry["received_at"]))).astimezone(UTC)
-                    found.append((received_at, bytes(entry["frame"])))
-        return found
+        return [
+            (datetime.fromisoformat(line.received_at).astimezone(UTC), line.content)
+            for line in archived_lines(self.lake)
+            if line.is_frame
+        ]
 
 
 def _looks(folder: Path) -> tuple[dict[int, int], int]:
@@ -268,21 +264,15 @@ def _run(matrix: _Matrix, kills: int) -> str:
     return matrix.check()
 
 
-def test_thirty_kills_over_a_file_lake_lose_and_double_nothing(
+def test_thirty_kills_with_a_file_lake_lose_and_duplicate_nothing(
     file_lake: Lake, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     account = _run(_Matrix(file_lake, tmp_path, {}, random.Random(7)), 30)
     say(f"kill matrix, file lake: {account}")
 
 
-def test_twelve_kills_over_an_s3_lake_lose_and_double_nothing(
+def test_twelve_kills_with_an_s3_lake_lose_and_duplicate_nothing(
     s3_lake: Lake, seaweedfs: SeaweedFS, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
-    environment = {
-        "AWS_ENDPOINT_URL": seaweedfs.endpoint_url,
-        "AWS_ACCESS_KEY_ID": seaweedfs.access_key,
-        "AWS_SECRET_ACCESS_KEY": seaweedfs.secret_key,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    account = _run(_Matrix(s3_lake, tmp_path, environment, random.Random(11)), 12)
+    account = _run(_Matrix(s3_lake, tmp_path, seaweedfs.address.environment(), random.Random(11)), 12)
     say(f"kill matrix, S3 lake: {account}")

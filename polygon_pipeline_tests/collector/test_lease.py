@@ -1,4 +1,4 @@
-"""One collector a lake: who gets the lease, who loses it, and who is started instead."""
+"""One collector per lake: acquiring, renewing, losing and releasing the lease."""
 
 from __future__ import annotations
 
@@ -8,24 +8,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import obstore
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from polygon_pipeline import demo
-from polygon_pipeline.collector import launching
-from polygon_pipeline.collector.launching import (
-    Outcome,
-    PastRun,
-    Start,
-    Wait,
-    decide_live,
-    why_lost,
-)
 from polygon_pipeline.collector.lease import (
     CLOCK_TOLERANCE,
     TTL,
@@ -38,9 +26,9 @@ from polygon_pipeline.collector.lease import (
     this_machine,
 )
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake, S3Access, open_lake
-from polygon_pipeline.market.calendar import completed_sessions, session
-from polygon_pipeline_tests.support.faulty_s3 import Fault, FaultyS3
+from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake
+from polygon_pipeline_tests.support.faulty_s3 import Fault, FaultyS3, lake_behind
+from polygon_pipeline_tests.support.leases import holding
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 _SECOND = timedelta(seconds=1)
@@ -52,17 +40,6 @@ class _WouldWait(Exception):
 
 def _refuse_to_wait(_seconds: float) -> None:
     raise _WouldWait
-
-
-def _holding(
-    run: str = "run-old",
-    machine: str = "elsewhere/boot",
-    pid: int = 1,
-    expires_in: timedelta = TTL,
-    released: bool = False,
-) -> Holding:
-    expires_at = datetime.now(UTC) + expires_in
-    return Holding(run, f"owner of {run}", machine, pid, expires_at - TTL, expires_at, released=released)
 
 
 def _put(lake: Lake, holding: Holding) -> None:
@@ -88,7 +65,7 @@ def _acquired(lake: Lake, run: str) -> Iterator[Lease]:
         lease.release()
 
 
-def test_a_lake_without_a_lease_is_taken_at_once_and_shows_its_holder(lake: Lake) -> None:
+def test_a_free_lease_is_acquired_at_once_and_shows_its_holder(lake: Lake) -> None:
     assert read_lease(lake) is None
     with _acquired(lake, "run-1") as lease:
         last_bar = datetime(2026, 1, 26, 15, tzinfo=UTC)
@@ -107,7 +84,7 @@ def test_a_lake_without_a_lease_is_taken_at_once_and_shows_its_holder(lake: Lake
     assert after.status == status
 
 
-def test_a_holder_that_renews_excludes_the_next_which_is_told_who_it_is(lake: Lake) -> None:
+def test_a_lease_that_is_renewed_excludes_other_runs_and_the_error_names_the_holder(lake: Lake) -> None:
     with _acquired(lake, "run-1") as first:
         second = _lease(lake, "run-2")
         with pytest.raises(LeaseHeld, match=rf"run run-1 on .*\(process {os.getpid()}\)"):
@@ -124,9 +101,9 @@ def test_a_released_lease_is_free_at_once(lake: Lake) -> None:
         assert _holder(lake) == "run-2"
 
 
-def test_a_lease_that_ran_out_is_taken_over_and_its_holder_told(s3_lake: Lake) -> None:
+def test_an_expired_lease_is_taken_over_and_its_holder_finds_out(s3_lake: Lake) -> None:
     with _acquired(s3_lake, "run-1") as first:
-        _put(s3_lake, _holding("run-1", expires_in=-CLOCK_TOLERANCE - _SECOND))
+        _put(s3_lake, holding("run-1", expires_in=-CLOCK_TOLERANCE - _SECOND))
         with _acquired(s3_lake, "run-2") as second:
             assert _holder(s3_lake) == "run-2"
             with pytest.raises(LeaseLost, match="run run-2"):
@@ -136,8 +113,8 @@ def test_a_lease_that_ran_out_is_taken_over_and_its_holder_told(s3_lake: Lake) -
             second.renew(CollectorStatus())
 
 
-def test_a_lease_is_waited_for_until_every_clock_agrees_that_it_ran_out(s3_lake: Lake) -> None:
-    dead = _holding(expires_in=-CLOCK_TOLERANCE / 2)
+def test_an_expired_lease_is_taken_over_only_after_the_tolerance_for_other_clocks(s3_lake: Lake) -> None:
+    dead = holding(expires_in=-CLOCK_TOLERANCE / 2)
     _put(s3_lake, dead)
     waited = []
 
@@ -157,15 +134,15 @@ def test_a_lease_whose_process_died_on_this_machine_is_taken_over_at_once(s3_lak
     gone.wait()
     zombie = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
     assert zombie.stdout
-    zombie.stdout.read()  # its end; nobody has asked for its exit code yet
+    zombie.stdout.read()  # its end; its exit code has not been asked for yet
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     for number, pid in enumerate((gone.pid, zombie.pid)):
-        _put(s3_lake, _holding(machine=this_machine(), pid=pid))
+        _put(s3_lake, holding(machine=this_machine(), pid=pid))
         with _acquired(s3_lake, f"run-{number}"):
             assert _holder(s3_lake) == f"run-{number}"
     zombie.wait()
     # The same number on another machine, or before a reboot, says nothing.
-    _put(s3_lake, _holding(pid=gone.pid))
+    _put(s3_lake, holding(pid=gone.pid))
     with pytest.raises(_WouldWait):
         _lease(s3_lake, "run-9").acquire(_refuse_to_wait)
 
@@ -195,7 +172,7 @@ def test_the_lock_of_a_local_lake_ends_with_its_process_and_not_before(file_lake
 
 
 @pytest.mark.parametrize("before", ["none", "released", "expired", "unreadable"])
-def test_of_many_that_race_for_a_lease_exactly_one_wins(lake: Lake, before: str) -> None:
+def test_exactly_one_of_many_concurrent_runs_acquires_the_lease(lake: Lake, before: str) -> None:
     rounds = 4
     for _ in range(rounds):
         match before:
@@ -203,9 +180,9 @@ def test_of_many_that_race_for_a_lease_exactly_one_wins(lake: Lake, before: str)
                 with contextlib.suppress(*NOT_FOUND):
                     obstore.delete(lake.store, layout.LEASE_KEY)
             case "released":
-                _put(lake, _holding(released=True))
+                _put(lake, holding(released=True))
             case "expired":
-                _put(lake, _holding(expires_in=-CLOCK_TOLERANCE - _SECOND))
+                _put(lake, holding(expires_in=-CLOCK_TOLERANCE - _SECOND))
             case "unreadable":
                 lake.put(layout.LEASE_KEY, b"not a lease")
         leases = {f"run-{number}": _lease(lake, f"run-{number}") for number in range(6)}
@@ -238,17 +215,12 @@ def test_of_many_that_race_for_a_lease_exactly_one_wins(lake: Lake, before: str)
 # When the store fails
 
 
-def _behind(proxy: FaultyS3, seaweedfs: SeaweedFS) -> Lake:
-    access = seaweedfs.access()
-    return open_lake(
-        f"s3://{seaweedfs.new_bucket()}/lake", lambda: S3Access(access.session, endpoint_url=proxy.endpoint_url)
-    )
-
-
 @pytest.mark.parametrize("fault", [Fault.LOST_RESPONSE, Fault.RESET, Fault.SLOW_DOWN, Fault.INTERNAL_ERROR])
-def test_a_renewal_that_fails_or_whose_response_is_lost_is_no_loss(seaweedfs: SeaweedFS, fault: Fault) -> None:
+def test_a_renewal_that_fails_or_whose_response_is_lost_does_not_lose_the_lease(
+    seaweedfs: SeaweedFS, fault: Fault
+) -> None:
     with FaultyS3(seaweedfs.endpoint_url) as proxy:
-        lake = _behind(proxy, seaweedfs)
+        lake = lake_behind(proxy, seaweedfs)
         lease = _lease(lake, "run-1")
         lease.acquire(_refuse_to_wait)
         for bars in range(1, 4):
@@ -256,7 +228,7 @@ def test_a_renewal_that_fails_or_whose_response_is_lost_is_no_loss(seaweedfs: Se
             with contextlib.suppress(*STORE_ERRORS):
                 lease.renew(CollectorStatus(bars=bars))
         assert proxy.counts[fault] == 3
-        lease.renew(CollectorStatus())  # perhaps only finds out that it still has it
+        lease.renew(CollectorStatus())  # it may only find out that it still holds it
         lease.renew(CollectorStatus(bars=99))
         shown = read_lease(lake)
         assert shown
@@ -265,24 +237,24 @@ def test_a_renewal_that_fails_or_whose_response_is_lost_is_no_loss(seaweedfs: Se
         assert _holder(lake) is None
 
 
-def test_a_lease_that_was_taken_over_during_an_outage_is_lost_whatever_response_was_lost(
+def test_a_lease_that_was_taken_over_during_an_outage_is_lost_also_after_a_lost_response(
     seaweedfs: SeaweedFS,
 ) -> None:
     with FaultyS3(seaweedfs.endpoint_url) as proxy:
-        lake = _behind(proxy, seaweedfs)
+        lake = lake_behind(proxy, seaweedfs)
         first = _lease(lake, "run-1")
         first.acquire(_refuse_to_wait)
         proxy.order(Fault.LOST_RESPONSE, 1, "PUT", layout.LEASE_KEY)
         with contextlib.suppress(*STORE_ERRORS):
             first.renew(CollectorStatus())
-        _put(lake, _holding("run-2"))
+        _put(lake, holding("run-2"))
         with pytest.raises(LeaseLost, match="run run-2"):
             first.renew(CollectorStatus())
 
 
 def test_a_lease_is_released_though_the_response_to_its_last_renewal_was_lost(seaweedfs: SeaweedFS) -> None:
     with FaultyS3(seaweedfs.endpoint_url) as proxy:
-        lake = _behind(proxy, seaweedfs)
+        lake = lake_behind(proxy, seaweedfs)
         lease = _lease(lake, "run-1")
         lease.acquire(_refuse_to_wait)
         proxy.order(Fault.LOST_RESPONSE, 1, "PUT", layout.LEASE_KEY)
@@ -292,9 +264,9 @@ def test_a_lease_is_released_though_the_response_to_its_last_renewal_was_lost(se
         assert _holder(lake) is None
 
 
-def test_acquiring_is_tried_again_after_a_lost_response_without_waiting_for_oneself(seaweedfs: SeaweedFS) -> None:
+def test_acquiring_is_retried_after_a_lost_response_without_waiting_for_its_own_lease(seaweedfs: SeaweedFS) -> None:
     with FaultyS3(seaweedfs.endpoint_url) as proxy:
-        lake = _behind(proxy, seaweedfs)
+        lake = lake_behind(proxy, seaweedfs)
         lease = _lease(lake, "run-1")
         proxy.order(Fault.LOST_RESPONSE, 1, "PUT", layout.LEASE_KEY)
         with contextlib.suppress(*STORE_ERRORS):
@@ -303,7 +275,7 @@ def test_acquiring_is_tried_again_after_a_lost_response_without_waiting_for_ones
         assert _holder(lake) == "run-1"
 
 
-def test_acquiring_a_local_lake_is_tried_again_after_a_failed_write(file_lake: Lake) -> None:
+def test_acquiring_a_local_lake_is_retried_after_a_failed_write(file_lake: Lake) -> None:
     in_the_way = file_lake.local_root / layout.LEASE_KEY  # as a full disk would be: the lease cannot be written
     (in_the_way / "x").mkdir(parents=True)
     lease = _lease(file_lake, "run-1")
@@ -315,159 +287,7 @@ def test_acquiring_a_local_lake_is_tried_again_after_a_failed_write(file_lake: L
     assert _holder(file_lake) == "run-1"
 
 
-# Who is dead
-
-_NOW = datetime(2026, 1, 26, 15, tzinfo=UTC)
-_seconds = st.integers(-600, 600).map(lambda seconds: timedelta(seconds=seconds))
-_MINUTES = timedelta(minutes=3)
-
-
-@given(started=_seconds, expires=_seconds, released=st.booleans(), mine=st.booleans())
-def test_a_run_is_dead_when_its_lease_ran_out_or_it_has_been_without_one_for_minutes(
-    started: timedelta, expires: timedelta, released: bool, mine: bool
-) -> None:
-    renewed_at, expires_at = _NOW + expires - TTL, _NOW + expires
-    owner = "me" if mine else "another"
-    holding = Holding("run", owner, "elsewhere/boot", 1, renewed_at, expires_at, released=released)
-    cause = why_lost(_NOW, "me", _NOW + started, holding)
-    if mine and not released:
-        assert (cause is not None) == (expires_at + CLOCK_TOLERANCE < _NOW)
-    elif mine:
-        assert (cause is not None) == (renewed_at + _MINUTES < _NOW)
-    else:
-        assert (cause is not None) == (_NOW + started + _MINUTES < _NOW)
-        assert cause == why_lost(_NOW, "me", _NOW + started, None)
-
-
-def test_a_run_whose_process_is_gone_from_this_machine_is_dead_at_once() -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    now = datetime.now(UTC)
-    holding = _holding("run-1", this_machine(), gone.pid)
-    assert "is free" in (why_lost(now, "owner of run-1", now, holding) or "")
-    alive = _holding("run-1", this_machine(), os.getpid())
-    assert why_lost(now, "owner of run-1", now - timedelta(days=1), alive) is None
-
-
-def test_a_run_that_lives_on_this_machine_is_not_dead_because_the_lake_was_down_for_minutes() -> None:
-    holding = _holding("run-1", this_machine(), os.getpid(), expires_in=-timedelta(minutes=5))
-    now = datetime.now(UTC)
-    assert why_lost(now, "owner of run-1", now - timedelta(hours=1), holding) is None
-
-
-# Who is started
-
-_DAY = date(2026, 1, 26)
-_SESSION = session(_DAY)
-assert _SESSION
-_OPEN = _SESSION.pre_open
-_moments = st.integers(0, 11 * 86_400).map(
-    lambda seconds: datetime(2026, 1, 23, tzinfo=UTC) + timedelta(seconds=seconds)
-)
-_during = st.integers(0, 16 * 3600 + 1199).map(lambda seconds: _OPEN + timedelta(seconds=seconds))
-_over = [outcome for outcome in Outcome if outcome is not Outcome.ACTIVE]
-
-
-@st.composite
-def _histories(draw: st.DrawFn, now: datetime, days: list[date], active: bool) -> list[PastRun]:
-    """Runs up to now, newest first; at most the newest is active."""
-    ages = sorted(draw(st.lists(st.integers(0, 40_000), max_size=6)))
-    runs = [
-        PastRun(draw(st.sampled_from(days)), draw(st.sampled_from(_over)), now - timedelta(seconds=age)) for age in ages
-    ]
-    return [PastRun(draw(st.sampled_from(days)), Outcome.ACTIVE, None), *runs] if active else runs
-
-
-_DAYS = [_DAY, _DAY - timedelta(days=3), _DAY + timedelta(days=1)]
-
-
-@given(data=st.data(), now=_moments, loaded_at=_moments, is_demo=st.booleans())
-def test_nothing_is_ever_started_beside_an_active_run(
-    data: st.DataObject, now: datetime, loaded_at: datetime, is_demo: bool
-) -> None:
-    runs = data.draw(_histories(now, [*_DAYS, *completed_sessions(now, 2)], active=True))
-    decision = (demo.decide if is_demo else decide_live)(now, loaded_at, runs)
-    assert isinstance(decision, Wait)
-
-
-@given(data=st.data(), now=_moments, loaded_at=_moments)
-def test_a_closed_market_waits_and_says_until_when(data: st.DataObject, now: datetime, loaded_at: datetime) -> None:
-    runs = data.draw(_histories(now, _DAYS, active=False))
-    decision = decide_live(now, loaded_at, runs)
-    today = session((now - launching.REVISIONS - timedelta(hours=5)).date())
-    is_open = today is not None and today.pre_open <= now < today.post_close + launching.REVISIONS
-    assert isinstance(decision, Start) <= is_open
-    assert (isinstance(decision, Wait) and "the market is closed; collecting starts" in decision.reason) != is_open
-
-
-@given(data=st.data(), now=_during, age=st.integers(-3600, 3600))
-def test_the_last_run_of_the_session_decides_and_an_attempt_has_a_number_of_its_own(
-    data: st.DataObject, now: datetime, age: int
-) -> None:
-    loaded_at = now - timedelta(seconds=age)
-    runs = data.draw(_histories(now, _DAYS, active=False))
-    decision = decide_live(now, loaded_at, runs)
-    mine = [run for run in runs if run.session_date == _DAY]
-    if isinstance(decision, Start):
-        assert decision == Start(_DAY, len(mine) + 1)
-    if not mine:
-        assert isinstance(decision, Start)
-        return
-    last = mine[0]
-    assert last.ended_at
-    match last.outcome:
-        case Outcome.SUCCEEDED | Outcome.STOPPED:
-            assert isinstance(decision, Wait)
-        case Outcome.INTERRUPTED:
-            assert isinstance(decision, Start)
-        case Outcome.FAILED_FOR_GOOD:
-            assert isinstance(decision, Wait) == (last.ended_at > loaded_at)
-        case _:
-            if now >= last.ended_at + timedelta(minutes=10) or [run.outcome for run in mine[1:2]] != [Outcome.FAILED]:
-                assert isinstance(decision, Start)
-
-
-@given(outcomes=st.lists(st.sampled_from([Outcome.FAILED, Outcome.INTERRUPTED]), min_size=1, max_size=25))
-def test_a_run_that_keeps_failing_is_started_again_with_rising_numbers_and_pauses(outcomes: list[Outcome]) -> None:
-    now, runs, pauses = _OPEN, list[PastRun](), []
-    for attempt, outcome in enumerate(outcomes, start=1):
-        asked = now
-        while isinstance(decision := decide_live(now, _OPEN, runs), Wait):
-            assert "the next is due" in decision.reason
-            now += _SECOND * 5
-        pauses.append(now - asked)
-        assert decision == Start(_DAY, attempt)
-        now += _SECOND
-        runs.insert(0, PastRun(_DAY, outcome, now))
-    assert all(pause <= timedelta(minutes=10, seconds=5) for pause in pauses)
-    failures = 0
-    for outcome, pause in zip(outcomes, pauses[1:], strict=False):
-        failures = failures + 1 if outcome is Outcome.FAILED else 0
-        expected = min(30 * 2 ** (failures - 2), 600) if failures > 1 else 0
-        assert expected <= pause.total_seconds() <= expected + 5
-
-
-@given(data=st.data(), now=_moments)
-def test_the_demo_plays_its_sessions_one_after_another_and_rests(data: st.DataObject, now: datetime) -> None:
-    runs: list[PastRun] = []
-    played = []
-    for _ in range(4 * demo.SESSIONS):
-        decision = demo.decide(now, now, runs)
-        if isinstance(decision, Wait):
-            break
-        assert decision.attempt == 1 + sum(run.session_date == decision.session_date for run in runs)
-        attempts = decision.attempt
-        ends = [Outcome.SUCCEEDED, Outcome.STOPPED, *([Outcome.INTERRUPTED, Outcome.FAILED] if attempts == 1 else [])]
-        outcome = data.draw(st.sampled_from(ends))
-        runs.insert(0, PastRun(decision.session_date, outcome, now))
-        if outcome in (Outcome.SUCCEEDED, Outcome.STOPPED):
-            played.append(decision.session_date)
-    assert played == completed_sessions(now, demo.SESSIONS)
-    assert isinstance(decision, Wait)
-    assert "are played" in decision.reason
-
-
-def test_twenty_holders_follow_one_another_and_no_rival_gets_in_between(say: Callable[[str], None], lake: Lake) -> None:
+def test_of_twenty_holders_in_turn_none_has_a_second_holder_beside_it(say: Callable[[str], None], lake: Lake) -> None:
     holders = []
     for number in range(20):
         lease = _lease(lake, f"run-{number}")
@@ -477,7 +297,7 @@ def test_twenty_holders_follow_one_another_and_no_rival_gets_in_between(say: Cal
         with pytest.raises((LeaseHeld, _WouldWait)):
             rival.acquire(_refuse_to_wait)
         if lake.is_s3 and number % 2:
-            _put(lake, _holding(f"run-{number}", expires_in=-CLOCK_TOLERANCE - _SECOND))
+            _put(lake, holding(f"run-{number}", expires_in=-CLOCK_TOLERANCE - _SECOND))
         else:
             lease.release()
     assert holders == [f"run-{number}" for number in range(20)]

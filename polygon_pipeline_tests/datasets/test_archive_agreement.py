@@ -16,10 +16,10 @@ from polygon_pipeline.datasets.normalize import NoBars, Normalization
 from polygon_pipeline.lake.archive import frame_line
 from polygon_pipeline.market.bars import Bar, Channel
 from polygon_pipeline.polygon.messages import decode_frame
+from polygon_pipeline_tests.support.bars import JsonObject
 from polygon_pipeline_tests.support.events import (
     RECEIVED_AT,
     START_MS,
-    JsonObject,
     bad_events,
     encode,
     good_events,
@@ -77,7 +77,9 @@ def normalized(lines: list[bytes], channel: Channel) -> Kept:
     st.lists(st.lists(good_events() | bad_events() | unknown_events | status_events, max_size=6), max_size=4),
     st.sampled_from(list(Channel)),
 )
-def test_any_frames_normalize_to_the_last_revision_received(frames: list[list[JsonObject]], channel: Channel) -> None:
+def test_any_frames_normalize_to_the_most_recently_received_revisions(
+    frames: list[list[JsonObject]], channel: Channel
+) -> None:
     payloads = [encode(events[0] if len(events) == 1 else events) for events in frames]
     kept, lines = received(payloads, channel)
     assert normalized(lines, channel) == kept

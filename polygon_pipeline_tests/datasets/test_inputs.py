@@ -1,4 +1,4 @@
-"""A day's raw data, by whomever it was written, becomes its normalized bars."""
+"""A day's raw data, of this and other programs, becomes its normalized bars."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from polygon_pipeline_tests.support.bars import (
     Row,
     aggregate,
     at,
-    history,
     later,
     line,
-    read,
     record_line,
-    reference_file,
+    reference_row,
 )
+from polygon_pipeline_tests.support.day_files import read, reference_file
 
 
 def normalize(lake: Lake, folder: Path, day: date = DAY, channel: Channel = Channel.MINUTE) -> tuple[RawDay, list[Row]]:
@@ -65,7 +64,7 @@ def closes(rows: list[Row]) -> list[tuple[str, float]]:
     return [(row["ticker"], row["close"]) for row in rows]
 
 
-def test_a_bucket_that_another_program_filled_normalizes(lake: Lake, tmp_path: Path) -> None:
+def test_a_bucket_filled_by_another_program_is_normalized(lake: Lake, tmp_path: Path) -> None:
     put_record(lake, "SPY", NOON, 450.5, bar_data={"volume": 10.5, "vwap": None})
     put_record(lake, "BRK.B", at(19, 30), 500.0)  # the next day in UTC
     other = {"source": "mine", "extra": True, "collected_at": "2026-01-26T12:00:01-05:00"}
@@ -90,7 +89,7 @@ def test_an_object_is_read_only_where_no_frame_has_its_bar(lake: Lake, tmp_path:
     assert [(row["close"], row["revisions"]) for row in rows] == [(2.0, 2), (4.0, 1)]
 
 
-def test_a_bar_that_the_frames_refuse_may_come_from_its_object(lake: Lake, tmp_path: Path) -> None:
+def test_a_bar_that_was_refused_in_its_frame_may_come_from_its_object(lake: Lake, tmp_path: Path) -> None:
     put_frames(lake, [line(ARRIVAL, [aggregate("SPY", c=1.0)], refused=[0])])
     put_record(lake, "SPY", NOON, 3.0)
     _, rows = normalize(lake, tmp_path)
@@ -186,7 +185,7 @@ def test_normalizing_twice_gives_the_same_bytes(lake: Lake, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stamp", ["20260126T170000Z", "2026-W05-1T17:00:00Z", "2026-01-26T17:00:00,5Z"])
-def test_a_record_may_spell_its_times_in_any_way_of_iso_8601(file_lake: Lake, tmp_path: Path, stamp: str) -> None:
+def test_a_record_may_have_its_times_in_any_iso_8601_format(file_lake: Lake, tmp_path: Path, stamp: str) -> None:
     put_record(file_lake, "GOOD", NOON, 1.0)
     record = json.loads(record_line("SPY", NOON, 2.0)) | {"collected_at": stamp}
     file_lake.put(layout.raw_key(Channel.MINUTE, DAY, "SPY", NOON), json.dumps(record).encode())
@@ -195,7 +194,7 @@ def test_a_record_may_spell_its_times_in_any_way_of_iso_8601(file_lake: Lake, tm
     assert raw.unreadable == {}
 
 
-def test_a_record_between_seconds_is_reported_and_left_out(file_lake: Lake, tmp_path: Path) -> None:
+def test_a_record_with_a_fraction_of_a_second_is_reported_and_left_out(file_lake: Lake, tmp_path: Path) -> None:
     put_record(file_lake, "GOOD", NOON, 1.0)
     record = json.loads(record_line("SPY", NOON, 2.0)) | {"timestamp": "2026-01-26T17:00:00.500Z"}
     key = layout.raw_key(Channel.MINUTE, DAY, "SPY", NOON)
@@ -212,15 +211,15 @@ def put_reference(lake: Lake, folder: Path, *rows: Row) -> None:
 
 def test_the_days_reference_is_merged_into_what_was_collected(lake: Lake, tmp_path: Path) -> None:
     put_frames(lake, [line(ARRIVAL, [aggregate("SPY", c=450.3)])])
-    put_reference(lake, tmp_path, history("SPY"), history("QQQ"))
+    put_reference(lake, tmp_path, reference_row("SPY"), reference_row("QQQ"))
     raw, rows = normalize(lake, tmp_path)
     assert closes(rows) == [("QQQ", 450.5), ("SPY", 450.5)]
     assert raw.reference == ReferenceInfo("rest", ("SPY", "QQQ"), at(20, 0), None)
     assert (raw.merge.added, raw.merge.corrected, raw.merge.kept) == (1, 1, 0)
 
 
-def test_a_day_that_nobody_collected_is_made_of_its_reference_alone(file_lake: Lake, tmp_path: Path) -> None:
-    put_reference(file_lake, tmp_path, history("SPY"))
+def test_a_day_that_was_not_collected_is_made_from_its_reference_alone(file_lake: Lake, tmp_path: Path) -> None:
+    put_reference(file_lake, tmp_path, reference_row("SPY"))
     raw, rows = normalize(file_lake, tmp_path)
     assert closes(rows) == [("SPY", 450.5)]
     assert (raw.frame_files, raw.records, raw.merge) == (0, 0, Merge(added=1))
@@ -234,7 +233,7 @@ def test_an_empty_reference_does_not_make_a_day(file_lake: Lake, tmp_path: Path)
 
 def test_second_bars_have_no_reference(file_lake: Lake, tmp_path: Path) -> None:
     put_frames(file_lake, [line(ARRIVAL, [aggregate("SPY", ev="A")])])
-    put_reference(file_lake, tmp_path, history("QQQ"))
+    put_reference(file_lake, tmp_path, reference_row("QQQ"))
     raw, rows = normalize(file_lake, tmp_path, channel=Channel.SECOND)
     assert closes(rows) == [("SPY", 450.5)]
     assert raw.reference is None

@@ -1,4 +1,4 @@
-"""The best of both: of the stream's word and the history's about a bar, the later one is kept."""
+"""Of a bar's values in the stream and in the history, those received most recently are kept."""
 
 from __future__ import annotations
 
@@ -18,19 +18,8 @@ from polygon_pipeline.datasets.merge import EXAMPLES, Merge
 from polygon_pipeline.datasets.normalize import NoBars, Normalization
 from polygon_pipeline.datasets.quality import schema_errors
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline_tests.support.bars import (
-    DAY,
-    NOON,
-    JsonObject,
-    Row,
-    aggregate,
-    at,
-    history,
-    later,
-    line,
-    read,
-    reference_file,
-)
+from polygon_pipeline_tests.support.bars import DAY, NOON, JsonObject, Row, aggregate, at, later, line, reference_row
+from polygon_pipeline_tests.support.day_files import read, reference_file
 
 
 def merged_file(folder: Path, lines: Iterable[bytes], rows: Iterable[Row], reference_first: bool = False) -> Path:
@@ -64,7 +53,7 @@ def said(event: JsonObject, seconds: float = 0) -> list[bytes]:
 
 
 def test_a_bar_that_only_the_history_has_is_added(tmp_path: Path) -> None:
-    row = history("QQQ", at(9, 29), vwap=None, source="flat_file")
+    row = reference_row("QQQ", at(9, 29), vwap=None, source="flat_file")
     found, [qqq, spy] = merge(tmp_path, said(aggregate()), [row])
     assert found == Merge(added=1)
     empty = dict.fromkeys(["day_open", "day_volume", "day_vwap", "average_trade_size", "otc"])
@@ -83,10 +72,10 @@ def test_a_bar_that_only_the_history_has_is_added(tmp_path: Path) -> None:
         {"vwap": None},
     ],
 )
-def test_where_both_say_the_same_the_streams_row_stays_and_learns_its_transactions(
+def test_where_stream_and_history_agree_the_streams_row_stays_and_gets_the_transactions(
     tmp_path: Path, same: JsonObject
 ) -> None:
-    found, [row] = merge(tmp_path, said(aggregate()), [history(**same)])
+    found, [row] = merge(tmp_path, said(aggregate()), [reference_row(**same)])
     assert found == Merge()
     assert (row["source"], row["received_at"], row["vwap"], row["volume"]) == ("websocket", later(0), 450.3, 1000)
     assert (row["transactions"], row["revisions"]) == (7, 1)
@@ -96,35 +85,35 @@ def test_where_both_say_the_same_the_streams_row_stays_and_learns_its_transactio
     "different",
     [{"open": 450.26}, {"high": 450.76}, {"low": 450.1}, {"close": 450.6}, {"volume": 1000.5}, {"vwap": 450.31}],
 )
-def test_where_they_differ_the_later_history_wins_and_the_rest_stays_the_streams(
+def test_where_they_differ_history_received_later_wins_and_other_columns_stay_the_streams(
     tmp_path: Path, different: JsonObject
 ) -> None:
-    found, [row] = merge(tmp_path, [*said(aggregate(c=1.0)), *said(aggregate(), 1)], [history(**different)])
+    found, [row] = merge(tmp_path, [*said(aggregate(c=1.0)), *said(aggregate(), 1)], [reference_row(**different)])
     assert found[:4] == (0, 1, 1, 0)
     kept = {
         "day_open": 449.5, "day_volume": 50_000, "day_vwap": 450.1, "average_trade_size": 62, "otc": False,
         "session": "regular", "revisions": 2,
     }  # fmt: skip
-    assert row == {**history(**different), **kept}
+    assert row == {**reference_row(**different), **kept}
 
 
 @pytest.mark.parametrize("seconds", [-1, 0])
-def test_where_they_differ_a_stream_that_is_not_earlier_wins(tmp_path: Path, seconds: float) -> None:
-    found, [row] = merge(tmp_path, said(aggregate()), [history(close=450.6, received_at=later(seconds))])
+def test_where_they_differ_a_revision_received_no_earlier_than_the_history_wins(tmp_path: Path, seconds: float) -> None:
+    found, [row] = merge(tmp_path, said(aggregate()), [reference_row(close=450.6, received_at=later(seconds))])
     assert found[:4] == (0, 1, 0, 1)
     assert (row["source"], row["received_at"], row["close"], row["volume"]) == ("websocket", later(0), 450.5, 1000)
     assert row["transactions"] is None, "they belong to another state of the bar"
 
 
-def test_a_history_without_vwap_leaves_the_streams(tmp_path: Path) -> None:
-    _, [row] = merge(tmp_path, said(aggregate()), [history(close=450.6, vwap=None)])
+def test_a_history_without_vwap_keeps_the_streams_vwap(tmp_path: Path) -> None:
+    _, [row] = merge(tmp_path, said(aggregate()), [reference_row(close=450.6, vwap=None)])
     assert (row["close"], row["vwap"]) == (450.6, 450.3)
 
 
-def test_the_first_differences_are_told_with_both_words(tmp_path: Path) -> None:
+def test_the_first_differences_are_reported_with_both_values(tmp_path: Path) -> None:
     minutes = range(EXAMPLES + 5)
     lines = [line(later(0), [aggregate(start_ms=NOON + 60_000 * n) for n in minutes])]
-    rows = [history(start_ms=NOON + 60_000 * n, close=450.6, received_at=later(1 - 2 * (n % 2))) for n in minutes]
+    rows = [reference_row(start_ms=NOON + 60_000 * n, close=450.6, received_at=later(1 - 2 * (n % 2))) for n in minutes]
     found, _ = merge(tmp_path, lines, rows)
     assert found[:4] == (0, 25, 13, 12)
     assert len(found.examples) == EXAMPLES
@@ -138,15 +127,15 @@ def test_the_first_differences_are_told_with_both_words(tmp_path: Path) -> None:
     }
 
 
-def test_a_day_that_nobody_collected_is_made_of_the_history_and_one_without_either_is_not_made(tmp_path: Path) -> None:
-    _, rows = merge(tmp_path / "one", [], [history("SPY")])
+def test_a_day_that_was_not_collected_is_made_from_the_history_and_a_day_without_either_fails(tmp_path: Path) -> None:
+    _, rows = merge(tmp_path / "one", [], [reference_row("SPY")])
     assert [(row["ticker"], row["revisions"], row["source"]) for row in rows] == [("SPY", 0, "rest")]
     with pytest.raises(NoBars, match="2026-01-26"):
         merge(tmp_path / "none", [], [])
 
 
 def test_second_bars_have_no_reference(tmp_path: Path) -> None:
-    reference = reference_file(tmp_path / "reference.parquet", [history()])
+    reference = reference_file(tmp_path / "reference.parquet", [reference_row()])
     with Normalization(DAY, Channel.SECOND, tmp_path) as normalization, pytest.raises(ValueError, match="channel A"):
         normalization.add_reference(reference)
 
@@ -156,15 +145,16 @@ def test_second_bars_have_no_reference(tmp_path: Path) -> None:
 bars = st.tuples(st.sampled_from(["SPY", "QQQ"]), st.integers(0, 2))
 closes = st.sampled_from([450.3, 450.5])
 vwaps = st.sampled_from([None, 450.3, 450.4])
-words = st.tuples(bars, closes, vwaps, st.integers(0, 5))
+versions = st.tuples(bars, closes, vwaps, st.integers(0, 5))
 
 
+@pytest.mark.slow
 @given(
-    stream=st.lists(words, min_size=1, max_size=12, unique_by=lambda word: (word[0], word[3])),
-    reference=st.lists(words, max_size=6, unique_by=lambda word: word[0]),
+    stream=st.lists(versions, min_size=1, max_size=12, unique_by=lambda version: (version[0], version[3])),
+    reference=st.lists(versions, max_size=6, unique_by=lambda version: version[0]),
 )
 @settings(max_examples=15, deadline=None)
-def test_the_merge_is_what_plain_python_makes_of_the_words(
+def test_the_merge_equals_that_of_plain_python(
     stream: list[tuple[tuple[str, int], float, float | None, int]],
     reference: list[tuple[tuple[str, int], float, float | None, int]],
 ) -> None:
@@ -173,7 +163,7 @@ def test_the_merge_is_what_plain_python_makes_of_the_words(
         for (name, minute), close, vwap, second in stream
     ]
     rows = [
-        history(name, NOON + 60_000 * minute, close=close, vwap=vwap, received_at=later(2 * second + 1))
+        reference_row(name, NOON + 60_000 * minute, close=close, vwap=vwap, received_at=later(2 * second + 1))
         for (name, minute), close, vwap, second in reference
     ]
     revisions = defaultdict(list)
@@ -182,7 +172,7 @@ def test_the_merge_is_what_plain_python_makes_of_the_words(
     expected: dict[tuple[str, int], list[Any]] = {}
     differing = 0
     for bar, found in revisions.items():
-        second, close, vwap = max(found, key=lambda word: word[0])
+        second, close, vwap = max(found, key=lambda version: version[0])
         expected[bar] = [close, vwap, later(second), "websocket", None, len(found)]
     for bar, close, vwap, second in reference:
         mine = expected.get(bar)

@@ -18,21 +18,17 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.bars import (
     ARRIVAL,
     DAY,
+    HALF_DAY,
     NOON,
     aggregate,
     at,
-    columns,
     later,
     line,
     moment,
-    normalize,
-    normalized_file,
-    read,
     record_line,
-    schema,
 )
+from polygon_pipeline_tests.support.day_files import columns, normalize, normalized_file, read, schema
 
-HALF_DAY = date(2026, 11, 27)
 STATUS = {"ev": "status", "status": "success", "message": "subscribed to: AM.SPY"}
 
 
@@ -64,7 +60,7 @@ def test_every_field_of_a_bar_arrives_under_its_own_name(tmp_path: Path) -> None
     ]
 
 
-def test_what_the_feed_leaves_out_is_null_and_volumes_without_fractions_serve(tmp_path: Path) -> None:
+def test_what_the_feed_leaves_out_is_null_and_whole_volumes_are_used_without_fractional_ones(tmp_path: Path) -> None:
     [row] = normalize(tmp_path, [[line(ARRIVAL, [aggregate(op=0, vw=None, a=None, z=None, av=None)])]])
     assert row["volume"] == 1000
     assert row["otc"] is False, "the vendor leaves otc out where it is false"
@@ -72,7 +68,7 @@ def test_what_the_feed_leaves_out_is_null_and_volumes_without_fractions_serve(tm
         assert row[name] is None, name
 
 
-def test_the_official_open_serves_only_where_the_windows_own_is_absent(tmp_path: Path) -> None:
+def test_the_official_open_is_used_only_where_the_windows_own_is_absent(tmp_path: Path) -> None:
     events = [aggregate("SPY", o=None), aggregate("QQQ")]
     assert [row["open"] for row in normalize(tmp_path, [[line(ARRIVAL, events)]])] == [450.25, 449.5]
 
@@ -83,7 +79,7 @@ def test_the_columns_are_those_of_the_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_the_latest_revision_wins_whatever_the_order_of_files(tmp_path: Path, order: tuple[int, ...]) -> None:
+def test_the_latest_revision_wins_in_any_order_of_files(tmp_path: Path, order: tuple[int, ...]) -> None:
     files = [[line(later(n), [aggregate(c=100.0 + n)])] for n in range(3)]
     [row] = normalize(tmp_path, [files[n] for n in order])
     assert row["close"] == 102.0
@@ -100,7 +96,7 @@ def test_the_latest_revision_wins_within_a_file_and_within_a_frame(tmp_path: Pat
     assert [(row["ticker"], row["close"], row["revisions"]) for row in rows] == [("QQQ", 3.0, 2), ("SPY", 2.0, 3)]
 
 
-def test_a_microsecond_decides_between_revisions(tmp_path: Path) -> None:
+def test_revisions_are_ordered_by_the_microsecond(tmp_path: Path) -> None:
     lines = [line(ARRIVAL + timedelta(microseconds=1), [aggregate(c=2.0)]), line(ARRIVAL, [aggregate(c=1.0)])]
     [row] = normalize(tmp_path, [lines])
     assert row["close"] == 2.0
@@ -131,7 +127,7 @@ def test_refused_events_are_left_out_by_their_position(tmp_path: Path) -> None:
     assert [(row["ticker"], row["close"], row["revisions"]) for row in rows] == [("QQQ", 450.5, 1), ("SPY", 5.0, 1)]
 
 
-def test_a_refused_volume_that_is_no_number_does_no_harm(tmp_path: Path) -> None:
+def test_a_refused_volume_that_is_no_number_does_not_affect_other_events(tmp_path: Path) -> None:
     rows = normalize(tmp_path, [[line(ARRIVAL, [aggregate(dv="many"), aggregate("QQQ", dv="7.5")], refused=[0])]])
     assert [(row["ticker"], row["volume"]) for row in rows] == [("QQQ", 7.5)]
 
@@ -141,7 +137,7 @@ def test_a_bare_object_is_a_frame_of_one_and_can_be_refused(tmp_path: Path) -> N
     assert [row["ticker"] for row in normalize(tmp_path, [lines])] == ["SPY"]
 
 
-def test_other_kinds_of_events_and_fields_of_other_types_do_no_harm(tmp_path: Path) -> None:
+def test_other_kinds_of_events_and_fields_of_other_types_are_ignored(tmp_path: Path) -> None:
     trade = {"ev": "T", "sym": 7, "s": {"a": 1}, "o": [1], "v": "much", "c": ["12", 7], "dv": {}, "otc": "no"}
     quote = {"ev": "Q", "s": "soon", "z": 1e300, "x": {"ev": "AM", "sym": "NESTED"}}
     odd = [trade, aggregate("QQQ", av=None, dav={"?": 1}, x={"deep": [1, {"er": None}]}), quote]
@@ -257,7 +253,7 @@ def damaged(folder: Path, content: bytes, name: str = "bad.jsonl") -> tuple[dict
     return unreadable, [row["ticker"] for row in rows], bad
 
 
-def test_a_damaged_line_costs_only_itself_and_is_reported(tmp_path: Path) -> None:
+def test_a_damaged_line_is_reported_and_the_others_are_read(tmp_path: Path) -> None:
     first, second = line(ARRIVAL, [aggregate("AAA")]), line(ARRIVAL, [aggregate("BBB")])
     content = first + b'{"received_at": "2026-01-26T18:3\xff\n' + second
     unreadable, tickers, bad = damaged(tmp_path, content)
@@ -266,11 +262,11 @@ def test_a_damaged_line_costs_only_itself_and_is_reported(tmp_path: Path) -> Non
     assert tickers == ["AAA", "BBB", "GOOD"]
 
 
-def test_a_last_line_cut_short_costs_only_itself(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_reported_and_the_others_are_read(tmp_path: Path) -> None:
     content = line(ARRIVAL, [aggregate("AAA")]) + line(ARRIVAL, [aggregate("BBB")])[:-20]
     _, tickers, bad = damaged(tmp_path, content)
     assert tickers == ["AAA", "GOOD"]
-    # Beside other files DuckDB passes over it without a word, one time in ten.
+    # Beside other files DuckDB skips it without an error, one time in ten.
     with Normalization(DAY, Channel.MINUTE, tmp_path) as normalization:
         normalization.add_frames([bad])
         normalization.write(tmp_path / "out.parquet")
@@ -285,8 +281,17 @@ def test_an_archive_cut_short_is_reported_and_the_others_are_used(tmp_path: Path
     assert list(unreadable) == [bad]
 
 
+@pytest.mark.xfail(strict=True, reason="Python cannot decode DuckDB's message where it is cut within a character")
+def test_a_frame_is_read_by_the_decoder_where_duckdb_cuts_its_error_message_within_a_character(tmp_path: Path) -> None:
+    for length in range(12):
+        status = {"ev": "status", "status": "x" * length + "\N{LINEAR B SYLLABLE B008 A}" * 20}
+        bare = archive.frame_line(ARRIVAL, json.dumps(status, ensure_ascii=False).encode(), ())
+        [row] = normalize(tmp_path / str(length), [[bare, line(ARRIVAL, [aggregate()])]])
+        assert row["ticker"] == "SPY"
+
+
 @pytest.mark.parametrize("content", [b"\x00" * 100, b"no archive"])
-def test_what_is_no_archive_at_all_is_reported(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_archive_is_reported(tmp_path: Path, content: bytes) -> None:
     unreadable, tickers, bad = damaged(tmp_path, content, "bad.jsonl.zst")
     assert list(unreadable) == [bad]
     assert tickers == ["GOOD"]
@@ -348,7 +353,7 @@ def test_records_alone_make_a_day_and_those_of_another_day_are_left_out(tmp_path
     assert columns(file) == schema(catalog.NORMALIZED_BARS)
 
 
-def test_a_recorded_frame_goes_through_byte_for_byte(tmp_path: Path) -> None:
+def test_a_genuine_frame_is_normalized_field_by_field(tmp_path: Path) -> None:
     """The genuine frame of 2026-09-08, as it was received."""
     payload = (
         b'[{"ev":"A","sym":"FCX","v":4989,"av":4332125,"op":75.98,"vw":78.0894,"o":78.1,"c":78.08,"h":78.125,'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,65 +11,47 @@ import pytest
 
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.quality import ROW_RULES, check_rows, schema_errors
-from polygon_pipeline_tests.support.bars import DAY, Row, at
-
-
-def bar(ticker: str, start_ms: int = at(12, 0), **fields: object) -> Row:
-    return {
-        "ticker": ticker,
-        "timestamp": datetime.fromtimestamp(start_ms / 1000, UTC),
-        "open": 10.0,
-        "high": 12.0,
-        "low": 9.0,
-        "close": 11.0,
-        "volume": 100.0,
-        "vwap": 10.5,
-        "session": "regular",
-        "revisions": 1,
-        "source": "websocket",
-        **fields,
-    }
+from polygon_pipeline_tests.support.bars import DAY, HALF_DAY, Row, at, normalized_row
+from polygon_pipeline_tests.support.day_files import dataset_file
 
 
 def broken(folder: Path, *rows: Row, day: date = DAY) -> dict[str, int]:
     """How many rows break each rule that is broken; two sound rows are always there too."""
-    sound = [bar("AAA"), bar("BBB")]
-    file = folder / "bars.parquet"
-    pq.write_table(pa.Table.from_pylist([*sound, *rows], schema=catalog.NORMALIZED_BARS.schema()), file)
-    verdicts = check_rows(file, day)
+    sound = [normalized_row("AAA"), normalized_row("BBB")]
+    verdicts = check_rows(dataset_file(folder / "bars.parquet", [*sound, *rows]), day)
     assert verdicts.keys() == ROW_RULES.keys()
     for verdict in verdicts.values():
         assert len(verdict.examples) == min(verdict.broken, 3)
     return {rule: verdict.broken for rule, verdict in verdicts.items() if verdict.broken}
 
 
-def test_sound_rows_break_no_rule(tmp_path: Path) -> None:
-    first, last = bar("SPY", at(4, 0)), bar("SPY", at(19, 59))
-    equal = bar("QQQ", open=5.0, high=5.0, low=5.0, close=5.0, volume=0.0)
+def test_valid_rows_break_no_rule(tmp_path: Path) -> None:
+    first, last = normalized_row("SPY", at(4, 0)), normalized_row("SPY", at(19, 59))
+    equal = normalized_row("QQQ", open=5.0, high=5.0, low=5.0, close=5.0, volume=0.0)
     assert broken(tmp_path, first, last, equal) == {}
 
 
 def test_the_vendors_vwap_may_lie_outside_the_prices_or_be_missing(tmp_path: Path) -> None:
-    assert broken(tmp_path, bar("SPY", vwap=99.0), bar("QQQ", vwap=None)) == {}
+    assert broken(tmp_path, normalized_row("SPY", vwap=99.0), normalized_row("QQQ", vwap=None)) == {}
 
 
 @pytest.mark.parametrize(
     ("rule", "row"),
     [
-        ("prices_in_range", bar("SPY", open=12.5)),
-        ("prices_in_range", bar("SPY", close=12.5)),
-        ("prices_in_range", bar("SPY", open=8.5)),
-        ("prices_in_range", bar("SPY", close=8.5)),
-        ("prices_in_range", bar("SPY", high=8.0)),
-        ("prices_in_range", bar("SPY", low=13.0)),
-        ("prices_in_range", bar("SPY", open=None)),
-        ("prices_in_range", bar("SPY", high=None)),
-        ("prices_in_range", bar("SPY", low=None)),
-        ("prices_in_range", bar("SPY", close=None)),
-        ("volume_not_negative", bar("SPY", volume=-1.0)),
-        ("volume_not_negative", bar("SPY", volume=None)),
-        ("inside_the_session", bar("SPY", at(3, 59))),
-        ("inside_the_session", bar("SPY", at(20, 0))),
+        ("prices_in_range", normalized_row("SPY", open=12.5)),
+        ("prices_in_range", normalized_row("SPY", close=12.5)),
+        ("prices_in_range", normalized_row("SPY", open=8.5)),
+        ("prices_in_range", normalized_row("SPY", close=8.5)),
+        ("prices_in_range", normalized_row("SPY", high=8.0)),
+        ("prices_in_range", normalized_row("SPY", low=13.0)),
+        ("prices_in_range", normalized_row("SPY", open=None)),
+        ("prices_in_range", normalized_row("SPY", high=None)),
+        ("prices_in_range", normalized_row("SPY", low=None)),
+        ("prices_in_range", normalized_row("SPY", close=None)),
+        ("volume_not_negative", normalized_row("SPY", volume=-1.0)),
+        ("volume_not_negative", normalized_row("SPY", volume=None)),
+        ("inside_the_session", normalized_row("SPY", at(3, 59))),
+        ("inside_the_session", normalized_row("SPY", at(20, 0))),
     ],
 )
 def test_a_row_breaks_its_rule_and_only_it(tmp_path: Path, rule: str, row: Row) -> None:
@@ -77,26 +59,24 @@ def test_a_row_breaks_its_rule_and_only_it(tmp_path: Path, rule: str, row: Row) 
 
 
 @pytest.mark.parametrize("field", ["open", "high", "low", "close"])
-def test_a_price_that_is_no_number_is_out_of_range(tmp_path: Path, field: str) -> None:
-    assert broken(tmp_path, bar("SPY") | {field: float("nan")}) == {"prices_in_range": 1}
+def test_a_price_that_is_nan_is_out_of_range(tmp_path: Path, field: str) -> None:
+    assert broken(tmp_path, normalized_row("SPY") | {field: float("nan")}) == {"prices_in_range": 1}
 
 
-def test_a_bar_that_is_there_twice_is_no_one_row_a_bar(tmp_path: Path) -> None:
-    assert broken(tmp_path, bar("SPY"), bar("SPY", close=10.0), bar("SPY", at(12, 1))) == {"one_row_a_bar": 2}
+def test_two_rows_of_one_bar_break_the_rule_of_one_row_per_bar(tmp_path: Path) -> None:
+    rows = [normalized_row("SPY"), normalized_row("SPY", close=10.0), normalized_row("SPY", at(12, 1))]
+    assert broken(tmp_path, *rows) == {"one_row_a_bar": 2}
 
 
 def test_after_an_early_close_the_session_ends_at_five(tmp_path: Path) -> None:
-    half = date(2026, 11, 27)
-    rows = [bar("SPY", at(16, 59, half)), bar("SPY", at(17, 0, half))]
+    rows = [normalized_row("SPY", at(16, 59, HALF_DAY)), normalized_row("SPY", at(17, 0, HALF_DAY))]
     # The two sound rows are of another day, so they are outside of this one.
-    assert broken(tmp_path, *rows, day=half) == {"inside_the_session": 3}
+    assert broken(tmp_path, *rows, day=HALF_DAY) == {"inside_the_session": 3}
 
 
 def test_examples_name_the_bar(tmp_path: Path) -> None:
-    file = tmp_path / "bars.parquet"
-    rows = [bar(ticker, volume=-5.0) for ticker in ("EEE", "DDD", "CCC", "BBB")]
-    pq.write_table(pa.Table.from_pylist(rows, schema=catalog.NORMALIZED_BARS.schema()), file)
-    verdict = check_rows(file, DAY)["volume_not_negative"]
+    rows = [normalized_row(ticker, volume=-5.0) for ticker in ("EEE", "DDD", "CCC", "BBB")]
+    verdict = check_rows(dataset_file(tmp_path / "bars.parquet", rows), DAY)["volume_not_negative"]
     assert verdict.broken == 4
     assert [example.split()[0] for example in verdict.examples] == ["BBB", "CCC", "DDD"]
     assert all("2026-01-26 17:00" in example and "-5" in example for example in verdict.examples)

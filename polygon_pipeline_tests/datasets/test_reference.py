@@ -22,7 +22,8 @@ from polygon_pipeline.datasets.reference import (
     same_bars,
 )
 from polygon_pipeline.lake import archive
-from polygon_pipeline_tests.support.bars import DAY, NOON, JsonObject, Row, at, history, later, read, reference_file
+from polygon_pipeline_tests.support.bars import DAY, NOON, JsonObject, Row, at, later, reference_row, rest_bar
+from polygon_pipeline_tests.support.day_files import columns, read, reference_file, schema
 
 HEADER = "ticker,volume,open,close,high,low,window_start,transactions"
 PUBLISHED = datetime(2026, 1, 27, 16, 0, 0, tzinfo=UTC)
@@ -52,14 +53,12 @@ def flat(folder: Path, content: bytes) -> Path:
 def test_every_column_of_a_flat_file_arrives_under_its_own_name(tmp_path: Path) -> None:
     file = flat(tmp_path, packed([csv_line(volume="1000.25")]))
     [row] = read(file)
-    assert row == history(volume=1000.25, vwap=None, received_at=PUBLISHED, source="flat_file")
-    assert [(field.name, field.type) for field in pq.read_schema(file)] == [
-        (field.name, field.type) for field in catalog.REFERENCE_BARS.schema()
-    ]
+    assert row == reference_row(volume=1000.25, vwap=None, received_at=PUBLISHED, source="flat_file")
+    assert columns(file) == schema(catalog.REFERENCE_BARS)
     assert read_reference_info(file) == ReferenceInfo("flat_file", None, MIDNIGHT, '"it\'s"')
 
 
-def test_tickers_that_look_like_nothing_are_tickers_all_the_same(tmp_path: Path) -> None:
+def test_tickers_that_look_like_null_or_numbers_are_kept_as_text(tmp_path: Path) -> None:
     tickers = ["NA", "NULL", "TRUE", "NAN", "NaN", "null", "INF", "1E5", "BRK.B", "KIMpL"]
     assert [row["ticker"] for row in read(flat(tmp_path, packed([csv_line(name) for name in tickers])))] == sorted(
         tickers
@@ -140,11 +139,6 @@ def page(ticker: str, fetched_at: datetime, *bars: JsonObject) -> bytes:
     return json.dumps({"ticker": ticker, "fetched_at": stamp, "bars": bars}).encode() + b"\n"
 
 
-def bar(start_ms: int = NOON, **fields: object) -> JsonObject:
-    found = {"t": start_ms, "o": 450.25, "h": 450.75, "l": 450.2, "c": 450.5, "v": 1000, "vw": 450.3, "n": 7, **fields}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def pages(
     folder: Path, *lines: bytes, tickers: Sequence[str] = ("SPY",), until_ms: int = MIDNIGHT, suffix: str = ".jsonl"
 ) -> Path:
@@ -161,33 +155,34 @@ def pages(
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
 def test_the_days_bars_are_taken_from_pages_of_many_days(tmp_path: Path, suffix: str) -> None:
-    days = [bar(at(0, 0) - 60_000), bar(), bar(at(19, 59), vw=None, n=None), bar(MIDNIGHT)]
-    lines = page("SPY", later(9), *days) + page("BRK.B", later(8), bar(v=0.5))
+    days = [rest_bar(at(0, 0) - 60_000), rest_bar(), rest_bar(at(19, 59), vw=None, n=None), rest_bar(MIDNIGHT)]
+    lines = page("SPY", later(9), *days) + page("BRK.B", later(8), rest_bar(v=0.5))
     file = pages(tmp_path, lines, tickers=["SPY", "QQQ", "BRK.B"], suffix=suffix)
     assert read(file) == [
-        history("BRK.B", volume=0.5, received_at=later(8)),
-        history("SPY", received_at=later(9)),
-        history("SPY", at(19, 59), received_at=later(9), vwap=None, transactions=None),
+        reference_row("BRK.B", volume=0.5, received_at=later(8)),
+        reference_row("SPY", received_at=later(9)),
+        reference_row("SPY", at(19, 59), received_at=later(9), vwap=None, transactions=None),
     ]
     assert read_reference_info(file) == ReferenceInfo("rest", ("BRK.B", "QQQ", "SPY"), MIDNIGHT, None)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_of_a_bar_in_several_pages_the_later_fetched_is_taken(tmp_path: Path, order: tuple[int, ...]) -> None:
+def test_of_a_bar_in_several_pages_the_most_recently_fetched_is_used(tmp_path: Path, order: tuple[int, ...]) -> None:
     microsecond = timedelta(microseconds=1)
-    fetched = [page("SPY", later(n), bar(c=450.2 + n / 10)) for n in range(2)]
-    fetched.append(page("SPY", later(1) + microsecond, bar(c=450.7)))
+    fetched = [page("SPY", later(n), rest_bar(c=450.2 + n / 10)) for n in range(2)]
+    fetched.append(page("SPY", later(1) + microsecond, rest_bar(c=450.7)))
     [row] = read(pages(tmp_path, *(fetched[n] for n in order)))
     assert (row["close"], row["received_at"]) == (450.7, later(1) + microsecond)
 
 
 def test_pages_of_the_same_moment_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
-    lines = [page("SPY", later(0), bar(c=450.2 + n / 10)) for n in range(4)]
+    lines = [page("SPY", later(0), rest_bar(c=450.2 + n / 10)) for n in range(4)]
     assert pages(tmp_path / "a", *lines).read_bytes() == pages(tmp_path / "b", b"".join(reversed(lines))).read_bytes()
 
 
-def test_nothing_is_taken_that_is_not_claimed_to_be_known(tmp_path: Path) -> None:
-    lines = page("SPY", later(0), bar(NOON - 60_000), bar(NOON)) + page("IBM", later(0), bar(NOON - 60_000))
+def test_bars_after_the_known_time_are_left_out(tmp_path: Path) -> None:
+    earlier = rest_bar(NOON - 60_000)
+    lines = page("SPY", later(0), earlier, rest_bar(NOON)) + page("IBM", later(0), earlier)
     assert [row["ticker"] for row in read(pages(tmp_path, lines, until_ms=NOON))] == ["SPY"]
 
 
@@ -200,11 +195,11 @@ def test_tickers_that_did_not_trade_make_an_empty_reference(tmp_path: Path) -> N
 @pytest.mark.parametrize("field", ["o", "h", "l", "c", "v", "t"])
 def test_a_bar_that_lacks_a_value_is_refused(tmp_path: Path, field: str) -> None:
     with pytest.raises(UnreadableReference, match="a bar of SPY lacks a value"):
-        pages(tmp_path, page("SPY", later(0), bar(), {**bar(NOON + 60_000), field: None}))
+        pages(tmp_path, page("SPY", later(0), rest_bar(), {**rest_bar(NOON + 60_000), field: None}))
 
 
 def test_damaged_pages_are_refused(tmp_path: Path) -> None:
-    content = page("SPY", later(0), bar())
+    content = page("SPY", later(0), rest_bar())
     with pytest.raises(UnreadableReference, match=r"the 2 files of pages cannot be read: .*1.jsonl"):
         pages(tmp_path, content, content[:-20])
     cut = tmp_path / "cut.jsonl.zst"
@@ -216,8 +211,8 @@ def test_damaged_pages_are_refused(tmp_path: Path) -> None:
 # What a reference says of itself
 
 
-def test_two_references_are_the_same_whenever_they_were_received(tmp_path: Path) -> None:
-    rows = [history("SPY"), history("SPY", NOON + 60_000, vwap=None)]
+def test_references_are_the_same_whenever_they_were_received(tmp_path: Path) -> None:
+    rows = [reference_row("SPY"), reference_row("SPY", NOON + 60_000, vwap=None)]
     old = reference_file(tmp_path / "old.parquet", rows, ["SPY"], etag="1")
     again = [{**row, "received_at": later(200_000)} for row in rows]
     assert same_bars(old, reference_file(tmp_path / "new.parquet", again, ["SPY"], etag="2"))
@@ -226,24 +221,24 @@ def test_two_references_are_the_same_whenever_they_were_received(tmp_path: Path)
 @pytest.mark.parametrize(
     ("rows", "tickers", "until_ms"),
     [
-        ([history("SPY", close=450.6)], ["SPY"], MIDNIGHT),
-        ([history("SPY", transactions=None)], ["SPY"], MIDNIGHT),
-        ([history("SPY", NOON + 60_000)], ["SPY"], MIDNIGHT),
-        ([history("SPY"), history("SPY", NOON + 60_000)], ["SPY"], MIDNIGHT),
+        ([reference_row("SPY", close=450.6)], ["SPY"], MIDNIGHT),
+        ([reference_row("SPY", transactions=None)], ["SPY"], MIDNIGHT),
+        ([reference_row("SPY", NOON + 60_000)], ["SPY"], MIDNIGHT),
+        ([reference_row("SPY"), reference_row("SPY", NOON + 60_000)], ["SPY"], MIDNIGHT),
         ([], ["SPY"], MIDNIGHT),
-        ([history("SPY")], ["SPY", "QQQ"], MIDNIGHT),
-        ([history("SPY")], None, MIDNIGHT),
-        ([history("SPY")], ["SPY"], NOON + 60_000),
+        ([reference_row("SPY")], ["SPY", "QQQ"], MIDNIGHT),
+        ([reference_row("SPY")], None, MIDNIGHT),
+        ([reference_row("SPY")], ["SPY"], NOON + 60_000),
     ],
 )
-def test_two_references_that_say_different_things_are_not_the_same(
+def test_references_with_different_content_are_not_the_same(
     tmp_path: Path, rows: list[Row], tickers: list[str] | None, until_ms: int
 ) -> None:
-    old = reference_file(tmp_path / "old.parquet", [history("SPY")], ["SPY"], MIDNIGHT)
+    old = reference_file(tmp_path / "old.parquet", [reference_row("SPY")], ["SPY"], MIDNIGHT)
     assert not same_bars(old, reference_file(tmp_path / "new.parquet", rows, tickers, until_ms))
 
 
-def test_a_file_that_says_nothing_of_itself_is_no_reference(tmp_path: Path) -> None:
+def test_a_file_without_metadata_is_no_reference(tmp_path: Path) -> None:
     pq.write_table(catalog.REFERENCE_BARS.schema().empty_table(), tmp_path / "bars.parquet")
     with pytest.raises(UnreadableReference, match=r"bars.parquet has no key-value metadata"):
         read_reference_info(tmp_path / "bars.parquet")

@@ -14,21 +14,20 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from polygon_pipeline.collector.collector import Collector, Plan
+from polygon_pipeline.collector.collector import Collector
 from polygon_pipeline.datasets.catalog import REFERENCE_BARS
 from polygon_pipeline.datasets.coverage import Coverage, State
 from polygon_pipeline.datasets.inputs import normalize_day
-from polygon_pipeline.datasets.reference import read_reference_info
+from polygon_pipeline.datasets.reference import Pages, read_reference_info
 from polygon_pipeline.datasets.reference_sources import SETTLED, FailedDay, FetchedDay, Sources, fetch_days
-from polygon_pipeline.lake import layout
+from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset, put_dataset
 from polygon_pipeline.lake.ledger import (
+    Account,
     Connection,
-    Gap,
-    Ledger,
     connected_minutes,
-    decode_ledger,
     encode_ledger,
+    read_ledgers,
     repairable_gaps,
     subscribed_tickers,
 )
@@ -45,8 +44,10 @@ from polygon_pipeline.simulator.feed import Omitting
 from polygon_pipeline.simulator.flat_files import flat_file, publish
 from polygon_pipeline.simulator.rest_server import History, HistoryServer, RestFault, RestFaultType, corrected
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
+from polygon_pipeline_tests.support.bars import DAY, at
+from polygon_pipeline_tests.support.collecting import plan
+from polygon_pipeline_tests.support.ledgers import ledger_of
 
-DAY = date(2026, 1, 26)
 WEEK = calendar.trading_days(date(2026, 1, 26), date(2026, 1, 30))
 LATER = datetime(2026, 3, 2, 12, tzinfo=UTC)
 TICKERS = ("AAPL", "BRK.B", "KIMpL", "TCEHY")
@@ -124,7 +125,7 @@ def test_a_week_over_rest_is_one_request_per_ticker_and_equals_the_vendors_histo
         assert bars_of(reference(lake, day, tmp_path)) == truth(day)
 
 
-def test_a_second_time_changes_no_file(file_lake: Lake, tmp_path: Path) -> None:
+def test_a_second_fetch_changes_no_file(file_lake: Lake, tmp_path: Path) -> None:
     with vendor(tmp_path) as vendor_:
         fetched(file_lake, WEEK, vendor_.sources(), tmp_path)
         before = {day: reference(file_lake, day, tmp_path).read_bytes() for day in WEEK}
@@ -133,7 +134,7 @@ def test_a_second_time_changes_no_file(file_lake: Lake, tmp_path: Path) -> None:
     assert {day: reference(file_lake, day, tmp_path).read_bytes() for day in WEEK} == before
 
 
-def test_a_run_that_was_cut_goes_on_with_the_tickers_that_are_missing(file_lake: Lake, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_continued_with_the_missing_tickers(file_lake: Lake, tmp_path: Path) -> None:
     faults = [RestFault(RestFaultType.NOT_AUTHORIZED, path="/TCEHY/")]
     with vendor(tmp_path, faults=faults) as vendor_:
         cut = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
@@ -148,7 +149,7 @@ def test_a_run_that_was_cut_goes_on_with_the_tickers_that_are_missing(file_lake:
     assert not list(tmp_path.glob("staging/*"))
 
 
-def test_days_far_apart_are_not_asked_for_with_all_the_years_between(file_lake: Lake, tmp_path: Path) -> None:
+def test_days_that_are_years_apart_are_requested_separately(file_lake: Lake, tmp_path: Path) -> None:
     days = [date(2016, 1, 26), DAY]
     with vendor(tmp_path) as vendor_:
         results = fetched(file_lake, days, vendor_.sources(("AAPL",)), tmp_path)
@@ -164,7 +165,9 @@ def test_the_whole_market_by_rest_is_every_ticker_that_traded(file_lake: Lake, t
     assert set(result.info.tickers or ()) == set(TICKERS) - {"TCEHY"}
 
 
-def test_a_market_that_no_plan_can_ask_for_in_time_is_refused_with_the_way_out(file_lake: Lake, tmp_path: Path) -> None:
+def test_more_tickers_than_the_plan_can_fetch_in_time_are_refused_and_the_error_names_flat_files(
+    file_lake: Lake, tmp_path: Path
+) -> None:
     with vendor(tmp_path) as vendor_:
         free = replace(vendor_.sources([f"T{n}" for n in range(4000)]), requests_per_second=5 / 60)
         [result] = fetched(file_lake, [DAY], free, tmp_path)
@@ -177,7 +180,7 @@ def test_a_market_that_no_plan_can_ask_for_in_time_is_refused_with_the_way_out(f
 # Flat files
 
 
-def test_a_flat_file_is_taken_once_and_again_when_it_was_replaced(
+def test_a_flat_file_is_fetched_once_and_again_after_it_was_replaced(
     s3_lake: Lake, file_lake: Lake, tmp_path: Path
 ) -> None:
     publish(s3_lake.store, DAY, flat_file(MARKET.day_bars(DAY)))
@@ -195,7 +198,7 @@ def test_a_flat_file_is_taken_once_and_again_when_it_was_replaced(
     assert len(rows) == len(truth())
 
 
-def test_a_day_whose_flat_file_is_not_due_comes_from_rest_and_a_late_one_says_when_to_ask_again(
+def test_a_day_without_a_due_flat_file_comes_from_rest_and_a_late_one_gives_the_time_of_the_next_try(
     s3_lake: Lake, file_lake: Lake, tmp_path: Path
 ) -> None:
     with vendor(tmp_path) as vendor_:
@@ -210,7 +213,7 @@ def test_a_day_whose_flat_file_is_not_due_comes_from_rest_and_a_late_one_says_wh
     assert late.problem.next_try == datetime(2026, 1, 27, 18, tzinfo=UTC)
 
 
-def test_a_few_tickers_answers_do_not_replace_a_flat_file(s3_lake: Lake, file_lake: Lake, tmp_path: Path) -> None:
+def test_bars_of_a_few_tickers_do_not_replace_a_flat_file(s3_lake: Lake, file_lake: Lake, tmp_path: Path) -> None:
     publish(s3_lake.store, DAY, flat_file(MARKET.day_bars(DAY)))
     with vendor(tmp_path) as vendor_:
         fetched(file_lake, [DAY], vendor_.sources(flat_files=s3_lake), tmp_path)
@@ -223,46 +226,11 @@ def test_a_few_tickers_answers_do_not_replace_a_flat_file(s3_lake: Lake, file_la
 # Repair
 
 
-def _ledger(feed: str, *gaps: tuple[str, str | None]) -> Ledger:
-    made = [
-        Gap(_at(first), None if last is None else _at(last), "lost", _at(first), None if last is None else _at(last))
-        for first, last in gaps
-    ]
-    content = msgspec.json.encode(
-        {
-            "run": "r", "feed": feed, "session_date": DAY, "started_at": _at("09:00"), "complete": False,
-            "write_objects": False, "write_frames": True, "imbalance": [], "account": {}, "gaps": made,
-        }
-    )  # fmt: skip
-    return decode_ledger(content)
-
-
-def _at(clock: str) -> datetime:
-    return datetime.fromisoformat(f"{DAY}T{clock}:00+00:00")
-
-
-@pytest.mark.parametrize(
-    ("now", "known", "due"),
-    [
-        ("15:16", None, 0),  # its last revisions may still come
-        ("15:17", None, 1),
-        ("15:17", "15:00", 1),  # the history was asked before the gap's last minute had settled
-        ("15:17", "15:01", 0),
-    ],
-)
-def test_a_gap_is_repaired_once_its_last_minute_has_settled(now: str, known: str | None, due: int) -> None:
-    ledgers = [_ledger("polygon", ("14:50", "15:00"), ("15:40", None))]
-    known_ms = 0 if known is None else int(_at(known).timestamp() * 1000)
-    assert len(repairable_gaps(ledgers, known_ms, SETTLED, _at(now))) == due
-
-
-def test_a_simulator_on_its_way_through_a_past_day_has_a_clock_of_its_own(file_lake: Lake, tmp_path: Path) -> None:
-    """What is still to come by that clock is not taken from the history, and the gap waits for it to pass."""
-    ledger = _ledger("simulated", ("14:50", "15:00"))
-    ledger.account.connections = [Connection(LATER, last_bar_ms=int(_at("15:15").timestamp() * 1000))]
-    assert repairable_gaps([ledger], 0, SETTLED, LATER) == []
-    ledger.account.connections[0].last_bar_ms = int(_at("15:16").timestamp() * 1000)
-    assert len(repairable_gaps([ledger], 0, SETTLED, LATER)) == 1
+def test_of_a_past_day_that_a_simulator_is_playing_only_what_it_has_played_is_fetched(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    account = Account(connections=[Connection(LATER, last_bar_ms=at(10, 16))])
+    ledger = ledger_of(account, run="r", feed="simulated", complete=False)
     file_lake.put(layout.ledger_key(DAY, "r"), encode_ledger(ledger))
     with vendor(tmp_path) as vendor_:
         sources = vendor_.sources()
@@ -273,36 +241,33 @@ def test_a_simulator_on_its_way_through_a_past_day_has_a_clock_of_its_own(file_l
         [whole] = fetched(file_lake, [DAY], sources, tmp_path)
     assert isinstance(partial, FetchedDay)
     assert isinstance(whole, FetchedDay)
-    assert partial.info.until_ms == int(_at("15:01").timestamp() * 1000)
+    assert partial.info.until_ms == at(10, 1)
     assert len(bars_of(reference(file_lake, DAY, tmp_path))) == len(truth()) > rows > 0
 
 
 # The whole way: what the simulator planned is what the coverage says.
 
 QUIET = "QUIET"
-DROPPED_AT = int(datetime(2026, 1, 26, 15, 15, tzinfo=UTC).timestamp() * 1000)
+DROPPED_AT = at(10, 15)
 # Long after the collector is back.
-AFTERNOON = int(datetime(2026, 1, 26, 20, tzinfo=UTC).timestamp() * 1000)
+AFTERNOON = at(15, 0)
 
 
 def _collect(lake: Lake, folder: Path, exchange: Exchange) -> None:
-    plan = Plan(
-        owner="test",
-        run="20260126T090000Z-test",
-        session_date=DAY,
+    wanted = plan(
+        exchange.url,
+        folder / "journal",
         feed="simulated",
-        url=exchange.url,
         key=KEY,
         topics=[f"AM.{ticker}" for ticker in (*TICKERS, QUIET)],
-        journal_dir=folder / "journal",
         write_objects=False,
-        checkpoint_seconds=1.0,
         time_base="event",
     )
     over = lambda: "the simulated session is over" if exchange.finished.is_set() else None  # noqa: E731
-    Collector(lake, plan, logging.getLogger("quiet")).run(over, lambda _: None)
+    Collector(lake, wanted, logging.getLogger("quiet")).run(over, lambda _: None)
 
 
+@pytest.mark.slow
 def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_vendors_history(
     file_lake: Lake, tmp_path: Path, say: Any
 ) -> None:
@@ -323,11 +288,8 @@ def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_v
             for _, bar in decode_frame(frame.payload, LATER).bars:
                 received[bar.ticker, bar.start_ms] = (*bar[2:6], float(bar.volume), bar.vwap)
 
-    ledgers = [
-        decode_ledger(content)
-        for key in file_lake.keys(layout.ledger_prefix(DAY))
-        if (content := file_lake.get(key)) is not None
-    ]
+    ledgers, unreadable = read_ledgers(file_lake, DAY)
+    assert unreadable == {}
     assert len(repairable_gaps(ledgers, 0, SETTLED, LATER)) == 1
     with vendor(tmp_path, history) as vendor_:
         fetched(file_lake, [DAY], vendor_.sources((*TICKERS, QUIET)), tmp_path)
@@ -343,7 +305,7 @@ def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_v
     with Coverage(DAY, normalized, kept, connected, tmp_path, subscribed) as coverage:
         states = coverage.minute_states().to_pylist()
         coverage.write(tmp_path / "coverage.parquet")
-    opened = int(datetime(2026, 1, 26, 9, tzinfo=UTC).timestamp() * 1000)
+    opened = at(4, 0)
     found = {(row["ticker"], opened + 60_000 * row["minute"]): row for row in states}
     expected = truth(DAY, history)
     assert len(found) == 960 * len((*TICKERS, QUIET))
@@ -376,13 +338,10 @@ def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_v
     )
 
 
-def test_a_gaps_partial_history_repairs_what_it_reaches_and_a_later_revision_of_the_stream_still_wins(
+def test_a_partial_history_repairs_what_it_reaches_and_a_revision_received_later_still_wins(
     file_lake: Lake, tmp_path: Path
 ) -> None:
     """put_dataset of an intraday reference: what it does not know stays unknown."""
-    from polygon_pipeline.datasets.reference import Pages
-    from polygon_pipeline.lake import archive
-
     key = min(planned for planned in truth() if planned[0] == "AAPL")
     bar = dict(zip(("o", "h", "l", "c", "v", "vw"), truth()[key], strict=True))
     asked = datetime.fromtimestamp(key[1] / 1000, UTC) + timedelta(minutes=30)

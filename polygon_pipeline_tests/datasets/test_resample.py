@@ -19,44 +19,8 @@ from hypothesis import strategies as st
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import RESAMPLED, find
 from polygon_pipeline.datasets.resample import Resampling
-from polygon_pipeline.market.calendar import NEW_YORK, session
-from polygon_pipeline_tests.support.bars import (
-    DAY,
-    NOON,
-    Row,
-    at,
-    columns,
-    moment,
-    read,
-    schema,
-)
-
-HALF_DAY = date(2026, 11, 27)
-STATUS = {"ev": "status", "status": "success", "message": "subscribed to: AM.SPY"}
-
-
-# Resampled and daily
-
-
-def minute_bar(ticker: str, start_ms: int, **fields: object) -> Row:
-    found = session(moment(start_ms).astimezone(NEW_YORK).date())
-    assert found
-    start = moment(start_ms)
-    part = "pre" if start < found.open else "regular" if start < found.close else "post"
-    return {
-        "ticker": ticker,
-        "timestamp": start,
-        "open": 10.0,
-        "high": 12.0,
-        "low": 9.0,
-        "close": 11.0,
-        "volume": 100.0,
-        "vwap": 10.5,
-        "day_open": None,
-        "session": part,
-        "revisions": 1,
-        **fields,
-    }
+from polygon_pipeline_tests.support.bars import DAY, HALF_DAY, NOON, Row, at, moment, normalized_row
+from polygon_pipeline_tests.support.day_files import columns, read, schema
 
 
 def table(rows: Iterable[Row]) -> pa.Table:
@@ -74,7 +38,7 @@ def random_bars(seed: int, day: date = DAY) -> list[Row]:
             low = round(choice.uniform(5, 500), 4)
             high = round(low + choice.uniform(0, 5), 4)
             rows.append(
-                minute_bar(
+                normalized_row(
                     ticker,
                     at(4, 0, day) + 60_000 * minute,
                     low=low,
@@ -129,7 +93,7 @@ def resampled(folder: Path, name: str, source: pa.Table | Path) -> list[Row]:
 
 
 @pytest.mark.parametrize(("name", "minutes"), [(dataset.name, dataset.interval_minutes) for dataset in RESAMPLED])
-def test_resampled_bars_equal_what_plain_python_makes_of_them(tmp_path: Path, name: str, minutes: int) -> None:
+def test_resampled_bars_equal_those_of_plain_python(tmp_path: Path, name: str, minutes: int) -> None:
     rows = random_bars(seed=minutes)
     buckets: dict[tuple[str, datetime], list[Row]] = defaultdict(list)
     for row in rows:
@@ -151,7 +115,7 @@ def day_row(folder: Path, day: date, source: pa.Table | Path) -> list[Row]:
 
 
 @pytest.mark.parametrize("day", [DAY, HALF_DAY])
-def test_daily_bars_equal_what_plain_python_makes_of_them(tmp_path: Path, day: date) -> None:
+def test_daily_bars_equal_those_of_plain_python(tmp_path: Path, day: date) -> None:
     rows = random_bars(seed=7, day=day)
     expected = []
     for ticker in ("AAA", "BBB", "CCC"):
@@ -174,12 +138,12 @@ def test_daily_bars_equal_what_plain_python_makes_of_them(tmp_path: Path, day: d
     assert day_row(tmp_path, day, table(random.Random(0).sample(rows, len(rows)))) == expected
 
 
-def test_extended_hours_never_set_the_days_prices(tmp_path: Path) -> None:
+def test_extended_hours_never_affect_the_days_prices(tmp_path: Path) -> None:
     extreme = {"open": 1.0, "high": 999.0, "low": 0.5, "close": 2.0, "vwap": 500.0, "volume": 7.0}
     rows = [
-        minute_bar("SPY", at(9, 29), **extreme),
-        minute_bar("SPY", at(9, 30), day_open=10.0),
-        minute_bar("SPY", at(16, 0), **extreme),  # the closing auction
+        normalized_row("SPY", at(9, 29), **extreme),
+        normalized_row("SPY", at(9, 30), day_open=10.0),
+        normalized_row("SPY", at(16, 0), **extreme),  # the closing auction
     ]
     [row] = day_row(tmp_path, DAY, table(rows))
     assert [row[name] for name in ("open", "high", "low", "close", "vwap")] == [10.0, 12.0, 9.0, 11.0, 10.5]
@@ -188,20 +152,20 @@ def test_extended_hours_never_set_the_days_prices(tmp_path: Path) -> None:
 
 
 def test_a_ticker_that_traded_outside_regular_hours_only_has_a_row_without_prices(tmp_path: Path) -> None:
-    [row] = day_row(tmp_path, DAY, table([minute_bar("SPY", at(8, 0), volume=3.5)]))
+    [row] = day_row(tmp_path, DAY, table([normalized_row("SPY", at(8, 0), volume=3.5)]))
     assert [row[name] for name in ("volume", "bar_count", "pre_market_volume", "after_hours_volume")] == [0, 0, 3.5, 0]
     for name in ("open", "high", "low", "close", "vwap", "first_bar", "last_bar", "official_open"):
         assert row[name] is None, name
 
 
 def test_a_vwap_of_no_volume_is_null_and_not_an_error(tmp_path: Path) -> None:
-    rows = [minute_bar("SPY", NOON, volume=0.0), minute_bar("QQQ", NOON, vwap=None)]
+    rows = [normalized_row("SPY", NOON, volume=0.0), normalized_row("QQQ", NOON, vwap=None)]
     assert [row["vwap"] for row in resampled(tmp_path, "bars_5m", table(rows))] == [None, None]
     assert [row["vwap"] for row in day_row(tmp_path, DAY, table(rows))] == [None, None]
 
 
 def test_the_nine_oclock_hour_holds_pre_market_and_regular_bars(tmp_path: Path) -> None:
-    rows = [minute_bar("SPY", at(9, 29)), minute_bar("SPY", at(9, 30)), minute_bar("SPY", at(10, 0))]
+    rows = [normalized_row("SPY", at(9, 29)), normalized_row("SPY", at(9, 30)), normalized_row("SPY", at(10, 0))]
     hours = resampled(tmp_path, "bars_1h", table(rows))
     assert [(row["timestamp"], row["bar_count"], row["session"]) for row in hours] == [
         (moment(at(9, 0)), 2, "pre"),
@@ -226,6 +190,7 @@ def test_the_same_bars_give_the_same_bytes_in_any_order_and_the_same_rows_from_a
     assert read(target) == from_a_table
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     st.lists(
@@ -241,7 +206,7 @@ def test_no_share_is_lost_between_minutes_buckets_and_days(
 ) -> None:
     folder = tmp_path_factory.mktemp("shares")
     rows = [
-        minute_bar(ticker, at(4, 0) + 60_000 * minute, volume=float(volume), vwap=10.5 if priced else None)
+        normalized_row(ticker, at(4, 0) + 60_000 * minute, volume=float(volume), vwap=10.5 if priced else None)
         for ticker, minute, volume, priced in bars
     ]
     total = sum(volume for _, _, volume, _ in bars)

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import date
 from pathlib import Path
 
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.resample import Resampling
 from polygon_pipeline.datasets.session import describe
-from polygon_pipeline_tests.support.bars import (
-    ARRIVAL,
-    DAY,
-    NOON,
-    aggregate,
-    at,
-    line,
-    normalized_file,
-)
-
-HALF_DAY = date(2026, 11, 27)
-STATUS = {"ev": "status", "status": "success", "message": "subscribed to: AM.SPY"}
-
-
-# Descriptions
+from polygon_pipeline_tests.support.bars import ARRIVAL, DAY, NOON, aggregate, at, line
+from polygon_pipeline_tests.support.day_files import normalized_file
 
 
 def test_a_description_counts_rows_and_tickers_and_names_the_ends(tmp_path: Path) -> None:

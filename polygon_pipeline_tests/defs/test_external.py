@@ -12,22 +12,20 @@ import msgspec
 import pytest
 from dagster_aws.s3 import S3Resource
 
-from polygon_pipeline.collector.accounting import make_ledger
-from polygon_pipeline.collector.journal import JournalHeader
-from polygon_pipeline.collector.lease import Holding
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import external
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.lake import external as external_data
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.ledger import Account, encode_ledger
+from polygon_pipeline.lake.ledger import encode_ledger
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
-from polygon_pipeline.market.bars import Channel
+from polygon_pipeline_tests.support.lakes import put_raw_bars
+from polygon_pipeline_tests.support.leases import holding
+from polygon_pipeline_tests.support.ledgers import account_of, ledger_of
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 DAYS = calendar.completed_sessions(datetime(2026, 2, 1, tzinfo=UTC), 6)
-START_MS = 1769437800000
 
 
 class Ticks:
@@ -69,48 +67,43 @@ def ticks(lake: Lake, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         yield Ticks(instance, LakeResource(s3=s3, uri=lake.uri))
 
 
-def put_bars(lake: Lake, day: date, ticker: str = "SPY", minutes: int = 1) -> None:
-    for minute in range(minutes):
-        lake.put(layout.raw_key(Channel.MINUTE, day, ticker, START_MS + 60_000 * minute), b"{}")
-
-
 def put_ledger(lake: Lake, day: date, run: str, objects: int) -> None:
-    account = Account()
-    account.day(day, Channel.MINUTE).objects = objects
-    header = JournalHeader(run, day, lake.uri, "simulated", datetime.now(UTC), True, True)
-    lake.put(layout.ledger_key(day, run), encode_ledger(make_ledger(header, account, complete=True)))
+    ledger = ledger_of(account_of(objects, day), run=run, feed="simulated", session_date=day)
+    lake.put(layout.ledger_key(day, run), encode_ledger(ledger))
 
 
-def test_a_bucket_bigger_than_a_tick_is_reported_day_by_day_and_each_day_once(
+def test_a_bucket_too_large_for_one_tick_is_reported_over_several_with_each_day_once(
     ticks: Ticks, lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(external, "look", partial(external_data.look, pages=1, page_objects=2))
     for number, day in enumerate(DAYS):
-        put_bars(lake, day, minutes=1 + number % 4)
+        put_raw_bars(lake, day, minutes=1 + number % 4)
     reported = Counter[str]()
     for _ in range(8):
         days = ticks.next()
         assert len(days) <= 3
         reported.update(days)
     assert reported == Counter(str(day) for day in DAYS)
-    put_bars(lake, DAYS[1], "QQQ")
+    put_raw_bars(lake, DAYS[1], "QQQ")
     assert [day for _ in range(12) for day in ticks.next()] == [str(DAYS[1])]
 
 
-def test_days_that_our_ledgers_account_for_are_not_reported_until_there_is_more(ticks: Ticks, lake: Lake) -> None:
-    put_bars(lake, DAYS[0], minutes=3)
+def test_days_accounted_for_by_our_ledgers_are_not_reported_until_there_are_more_objects(
+    ticks: Ticks, lake: Lake
+) -> None:
+    put_raw_bars(lake, DAYS[0], minutes=3)
     put_ledger(lake, DAYS[0], "ONE", 2)
     put_ledger(lake, DAYS[0], "TWO", 1)
     lake.put(layout.ledger_key(DAYS[0], "TORN"), b"{")
     assert ticks.next() == []
-    put_bars(lake, DAYS[0], "QQQ")
+    put_raw_bars(lake, DAYS[0], "QQQ")
     assert ticks.next() == [str(DAYS[0])]
     assert ticks.next() == []
 
 
 @pytest.mark.parametrize("lake", ["file"], indirect=True)
-def test_the_collectors_own_reports_do_not_hide_what_was_reported(ticks: Ticks, lake: Lake) -> None:
-    put_bars(lake, DAYS[0])
+def test_reports_of_the_collector_do_not_hide_earlier_reports(ticks: Ticks, lake: Lake) -> None:
+    put_raw_bars(lake, DAYS[0])
     assert ticks.next() == [str(DAYS[0])]
     for _ in range(3):
         ticks.instance.report_runless_asset_event(
@@ -121,7 +114,7 @@ def test_the_collectors_own_reports_do_not_hide_what_was_reported(ticks: Ticks, 
 
 @pytest.mark.parametrize("lake", ["file"], indirect=True)
 @pytest.mark.parametrize(("released", "expected"), [(False, []), (True, [str(DAYS[-1])])])
-def test_a_collector_at_work_tells_of_today_by_itself(
+def test_while_a_collector_is_running_it_reports_today_itself(
     ticks: Ticks, lake: Lake, monkeypatch: pytest.MonkeyPatch, released: bool, expected: list[str]
 ) -> None:
     noon = datetime(*DAYS[-1].timetuple()[:3], 17, tzinfo=UTC)
@@ -132,9 +125,8 @@ def test_a_collector_at_work_tells_of_today_by_itself(
             return noon
 
     monkeypatch.setattr(external, "datetime", Noon)
-    put_bars(lake, DAYS[-1], minutes=2)
-    holding = Holding("RUN", "owner", "elsewhere/boot", 1, noon, noon + timedelta(minutes=1), released=released)
-    lake.put(layout.LEASE_KEY, msgspec.json.encode(holding))
+    put_raw_bars(lake, DAYS[-1], minutes=2)
+    lake.put(layout.LEASE_KEY, msgspec.json.encode(holding(released=released, now=noon)))
     assert ticks.next() == expected
 
 
@@ -142,9 +134,9 @@ def test_a_collector_at_work_tells_of_today_by_itself(
 def test_a_day_that_is_no_partition_is_left_out_with_a_warning(
     ticks: Ticks, lake: Lake, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    put_bars(lake, date(2026, 1, 24))
-    put_bars(lake, date(2126, 1, 24))
-    put_bars(lake, DAYS[0])
+    put_raw_bars(lake, date(2026, 1, 24))
+    put_raw_bars(lake, date(2126, 1, 24))
+    put_raw_bars(lake, DAYS[0])
     assert ticks.next() == [str(DAYS[0])]
     err = capfd.readouterr().err
     assert "2026-01-24 is not a trading day" in err
@@ -152,10 +144,10 @@ def test_a_day_that_is_no_partition_is_left_out_with_a_warning(
 
 
 @pytest.mark.parametrize("lake", ["s3"], indirect=True)
-def test_a_lake_that_cannot_be_read_is_told_and_the_cursor_kept(
+def test_a_lake_that_cannot_be_read_is_reported_and_the_cursor_is_kept(
     ticks: Ticks, lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_bars(lake, DAYS[0])
+    put_raw_bars(lake, DAYS[0])
     ticks.next()
     cursor = ticks.cursor
     ticks.resource = LakeResource(s3=ticks.resource.s3, uri="s3://no-such-bucket/lake")
@@ -168,14 +160,15 @@ def test_a_lake_that_cannot_be_read_is_told_and_the_cursor_kept(
 
 
 @pytest.mark.parametrize("lake", ["file"], indirect=True)
-def test_a_cursor_of_another_version_starts_anew(ticks: Ticks, lake: Lake) -> None:
-    put_bars(lake, DAYS[0])
+def test_a_cursor_of_another_version_is_discarded(ticks: Ticks, lake: Lake) -> None:
+    put_raw_bars(lake, DAYS[0])
     ticks.cursor = '{"all": 7}'
     assert ticks.next() == [str(DAYS[0])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lake", ["file"], indirect=True)
-def test_a_report_makes_the_automation_ask_for_the_days_datasets(ticks: Ticks, lake: Lake) -> None:
+def test_a_report_makes_the_automation_request_the_days_datasets(ticks: Ticks, lake: Lake) -> None:
     def requested(cursor: object = None) -> tuple[set[str | None], object]:
         result = dg.evaluate_automation_conditions(
             defs=build_defs(),
@@ -186,6 +179,6 @@ def test_a_report_makes_the_automation_ask_for_the_days_datasets(ticks: Ticks, l
         return set(result.get_requested_partitions(dg.AssetKey("normalized_bars"))), result.cursor
 
     _, cursor = requested()
-    put_bars(lake, DAYS[0])
+    put_raw_bars(lake, DAYS[0])
     assert ticks.next() == [str(DAYS[0])]
     assert requested(cursor)[0] == {str(DAYS[0])}

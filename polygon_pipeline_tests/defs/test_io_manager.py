@@ -1,4 +1,4 @@
-"""The Parquet IO manager: what assets return is stored a day a file, and given back as the annotation asks."""
+"""The Parquet IO manager: what assets return is stored as one file per day, and loaded as the annotation asks."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def _materialize(tmp_path: Path, *assets: dg.AssetsDefinition, day: str | None =
 
 
 @pytest.mark.parametrize("made", [as_table, as_frame, as_file])
-def test_tables_frames_and_files_are_stored_as_one_parquet_file_a_day(
+def test_tables_frames_and_files_are_stored_as_one_parquet_file_per_day(
     tmp_path: Path, made: dg.AssetsDefinition
 ) -> None:
     _materialize(tmp_path, made)
@@ -62,7 +62,7 @@ def test_tables_frames_and_files_are_stored_as_one_parquet_file_a_day(
     assert stored.to_pylist() == _TABLE.to_pylist()
 
 
-def test_an_input_comes_as_its_annotation_asks(tmp_path: Path) -> None:
+def test_an_input_has_the_type_of_its_annotation(tmp_path: Path) -> None:
     seen: dict[str, object] = {}
 
     @dg.asset(partitions_def=trading_days)
@@ -127,7 +127,7 @@ def test_a_day_that_was_never_made_is_named(tmp_path: Path) -> None:
     assert f"as_table has no data of {_DAY}" in str(failed.step_failure_data.error)
 
 
-def test_every_materialization_says_what_it_holds(tmp_path: Path) -> None:
+def test_every_materialization_describes_its_content(tmp_path: Path) -> None:
     result = _materialize(tmp_path, as_table)
     metadata = result.asset_materializations_for_node("as_table")[0].metadata
     assert metadata["dagster/row_count"].value == 2

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import datetime, timedelta
 
 import dagster as dg
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from polygon_pipeline.datasets.catalog import FOLLOWING, RAW, REFERENCE_BARS
-from polygon_pipeline.datasets.staleness import reference_is_due, stale_datasets
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import schedules
 from polygon_pipeline.defs.partitions import trading_days
@@ -32,10 +29,17 @@ _NIGHT = "2020-11-24"
 _DAYS = [f"2020-11-{day}" for day in (10, 11, 12, 13, 16, 17, 18, 19, 20, 23)]
 
 
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
+@pytest.fixture(scope="module")
+def stored_instance() -> Iterator[dg.DagsterInstance]:
+    """Making one takes longer than a test; a schedule's context does not take an ephemeral one."""
     with dg.instance_for_test() as instance:
         yield instance
+
+
+@pytest.fixture
+def instance(stored_instance: dg.DagsterInstance) -> dg.DagsterInstance:
+    stored_instance.wipe()
+    return stored_instance
 
 
 def _context(instance: dg.DagsterInstance, day: str, at: str) -> dg.ScheduleEvaluationContext:
@@ -109,7 +113,7 @@ def test_the_collected_channels_datasets_are_made(instance: dg.DagsterInstance) 
         ("2026-11-27", "2026-11-19", "2026-11-25"),
     ],
 )
-def test_on_a_trading_day_the_references_of_the_five_before_are_asked_for_in_one_run(
+def test_on_a_trading_day_the_references_of_the_five_before_it_are_requested_in_one_run(
     instance: dg.DagsterInstance, today: str, first: str, last: str
 ) -> None:
     request = _reference(instance, today)
@@ -119,19 +123,21 @@ def test_on_a_trading_day_the_references_of_the_five_before_are_asked_for_in_one
     assert request.tags["dagster/asset_partition_range_end"] == last
 
 
-def test_on_a_closed_day_no_reference_is_asked_for_and_the_next_time_is_told(instance: dg.DagsterInstance) -> None:
+def test_on_a_closed_day_no_reference_is_requested_and_the_reason_names_the_next_time(
+    instance: dg.DagsterInstance,
+) -> None:
     skip = _reference(instance, "2026-11-21")
     assert isinstance(skip, dg.SkipReason)
     assert skip.skip_message == "2026-11-21 is not a trading day; the next is 2026-11-23, 11:30 New York time"
 
 
-def test_days_of_which_there_is_nothing_are_made_from_the_reference_once_it_is_out(
+def test_days_without_any_data_get_their_reference_once_it_is_published(
     instance: dg.DagsterInstance,
 ) -> None:
     assert _asked(_catch_up(instance)) == [(day, [_REFERENCE]) for day in _DAYS[:-1]]
 
 
-def test_when_all_is_up_to_date_it_says_which_days_were_looked_at(
+def test_when_nothing_is_stale_the_reason_names_the_days_that_were_checked(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 2)
@@ -139,7 +145,7 @@ def test_when_all_is_up_to_date_it_says_which_days_were_looked_at(
     assert _why_not(instance).startswith("looked at 2 trading days, 2020-11-20 to 2020-11-23: nothing")
 
 
-def test_only_what_is_missing_or_older_and_what_follows_from_it_is_asked_for(
+def test_only_missing_or_older_datasets_and_those_made_from_them_are_requested(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 3)
@@ -154,7 +160,7 @@ def test_only_what_is_missing_or_older_and_what_follows_from_it_is_asked_for(
     ]
 
 
-def test_datasets_do_not_wait_for_a_reference_that_may_never_come(
+def test_datasets_are_requested_without_waiting_for_their_reference(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 2)
@@ -162,13 +168,14 @@ def test_datasets_do_not_wait_for_a_reference_that_may_never_come(
     assert _asked(_catch_up(instance)) == [("2020-11-20", [_REFERENCE]), ("2020-11-20", _MINUTE_DATASETS)]
 
 
-def test_a_reference_from_before_the_day_was_out_is_asked_for_again(instance: dg.DagsterInstance) -> None:
+def test_a_reference_older_than_the_days_publication_is_requested_again(instance: dg.DagsterInstance) -> None:
     later = datetime.now(NEW_YORK) + timedelta(days=60)
     day = calendar.completed_sessions(later, 5)[0].isoformat()
     _report(instance, [_REFERENCE], [day])  # today, long before that day
     assert (day, [_REFERENCE]) in _asked(_catch_up(instance, later.date().isoformat()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tags", "busy"),
     [
@@ -180,7 +187,7 @@ def test_a_reference_from_before_the_day_was_out_is_asked_for_again(instance: dg
         ({}, set()),
     ],
 )
-def test_a_day_that_a_run_is_making_is_left_alone_until_it_has_ended(
+def test_a_day_that_a_run_is_making_is_not_requested_until_the_run_has_ended(
     instance: dg.DagsterInstance, tags: dict[str, str], busy: set[str]
 ) -> None:
     run = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"), tags=tags)
@@ -189,7 +196,7 @@ def test_a_day_that_a_run_is_making_is_left_alone_until_it_has_ended(
     assert {request.partition_key for request in _catch_up(instance)} == set(_DAYS[:-1])
 
 
-def test_when_nothing_is_asked_for_it_names_the_days_left_alone(
+def test_when_nothing_is_requested_the_reason_names_the_days_that_runs_are_making(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedules, "CATCH_UP_DAYS", 2)
@@ -198,7 +205,8 @@ def test_when_nothing_is_asked_for_it_names_the_days_left_alone(
     assert _why_not(instance).endswith("left alone, as runs of them are not finished: 2020-11-20")
 
 
-def test_the_next_night_may_ask_for_the_same_day_again(instance: dg.DagsterInstance) -> None:
+@pytest.mark.slow
+def test_the_next_night_may_request_the_same_day_again(instance: dg.DagsterInstance) -> None:
     tonight, again, tomorrow = (
         {request.run_key for request in _catch_up(instance, night)} for night in (_NIGHT, _NIGHT, "2020-11-25")
     )
@@ -207,7 +215,8 @@ def test_the_next_night_may_ask_for_the_same_day_again(instance: dg.DagsterInsta
     assert not tonight & tomorrow
 
 
-def test_night_after_night_all_is_made_and_then_nothing_is_asked_for(
+@pytest.mark.slow
+def test_after_some_nights_all_datasets_are_made_and_nothing_is_requested(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runs are carried out by assets that do nothing; no sensor helps."""
@@ -249,60 +258,3 @@ def _stub_repository() -> dg.RepositoryDefinition:
     every = [after_close_schedule, reference_schedule, catch_up_schedule]
     defs = dg.Definitions(assets=assets, jobs=jobs, schedules=every, executor=dg.in_process_executor)
     return defs.get_repository_def()
-
-
-def test_the_inputs_are_those_of_the_asset_graph() -> None:
-    graph = build_defs().get_repository_def().asset_graph
-    assert {name: {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys} for name in _INPUTS} == {
-        name: set(inputs) for name, inputs in _INPUTS.items()
-    }
-
-
-_makings = st.dictionaries(st.sampled_from(_ALL), st.integers(0, 20))
-
-
-@given(_makings)
-def test_what_is_asked_for_makes_once_done_nothing_stale(made: dict[str, int]) -> None:
-    asked = [dataset.name for dataset in stale_datasets(made)]
-    assert len(set(asked)) == len(asked)
-    assert stale_datasets(_done(made, asked)) == []
-
-
-@given(st.lists(st.sampled_from([*_RAW, _REFERENCE])), _makings)
-def test_a_day_made_after_all_its_inputs_is_left_alone(inputs: list[str], before: dict[str, int]) -> None:
-    assert stale_datasets(_done(before, [*inputs, *_INPUTS])) == []
-
-
-@given(_makings)
-def test_a_dataset_is_asked_for_when_something_on_the_way_to_it_is_out_of_order(made: dict[str, int]) -> None:
-    def outdated(name: str) -> bool:
-        inputs = _INPUTS.get(name, ())
-        return any(made.get(needed, -1) > made.get(name, -1) or outdated(needed) for needed in inputs)
-
-    assert {dataset.name for dataset in stale_datasets(made)} == {name for name in _INPUTS if outdated(name)}
-
-
-def _done(made: dict[str, int], names: list[str]) -> dict[str, int]:
-    return {**made, **{name: 100 + n for n, name in enumerate(names)}}
-
-
-@pytest.mark.parametrize(
-    ("made_at", "now", "due"),
-    [
-        (None, "2026-11-21T10:59", False),
-        (None, "2026-11-21T11:00", True),
-        ("2026-11-20T12:00", "2026-11-21T02:00", False),
-        ("2026-11-20T12:00", "2026-11-22T02:00", True),
-        ("2026-11-21T10:59", "2026-11-22T02:00", True),
-        ("2026-11-21T11:00", "2026-11-22T02:00", False),
-    ],
-)
-def test_a_reference_is_due_when_the_history_is_out_and_ours_is_from_before(
-    made_at: str | None, now: str, due: bool
-) -> None:
-    made = None if made_at is None else _moment(made_at)
-    assert reference_is_due(date(2026, 11, 20), made, _moment(now)) is due
-
-
-def _moment(new_york: str) -> datetime:
-    return datetime.fromisoformat(new_york).replace(tzinfo=NEW_YORK).astimezone(UTC)

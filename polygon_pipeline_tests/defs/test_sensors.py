@@ -11,12 +11,13 @@ import msgspec
 import pytest
 from dagster_aws.s3 import S3Resource
 
-from polygon_pipeline.collector.lease import Holding, this_machine
+from polygon_pipeline.collector.lease import this_machine
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import collect, sensors
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.lake import layout
 from polygon_pipeline.market import calendar
+from polygon_pipeline_tests.support.leases import ELSEWHERE, holding
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_without_a_key_the_oldest_of_the_last_five_sessions_is_played_first(
     assert request.run_config["ops"]["collect_aggregates"]["config"] == {"session_date": day}
 
 
-def test_no_second_collector_is_asked_for_beside_a_queued_one(instance: dg.DagsterInstance, lake_dir: Path) -> None:
+def test_no_second_collector_is_requested_while_one_is_queued(instance: dg.DagsterInstance, lake_dir: Path) -> None:
     job = build_defs().get_job_def("collect_aggregates")
     instance.create_run_for_job(job, tags={collect.SESSION_DATE_TAG: "2026-11-20", collect.FEED_TAG: "simulated"})
     skip = _tick(instance)
@@ -83,7 +84,7 @@ def test_a_run_whose_lease_expired_is_reported_failed_and_the_next_attempt_start
 ) -> None:
     day = calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat()
     run = _started_run(instance, day)
-    _write_lease(lake_dir, run, expires=datetime.now(UTC) - timedelta(minutes=5), machine="elsewhere/boot")
+    _write_lease(lake_dir, run, expires_in=-timedelta(minutes=5))
     assert isinstance(_tick(instance), dg.SkipReason)
     assert "1" in _fail_lost_runs(instance)
     lost = instance.get_run_by_id(run.run_id)
@@ -94,9 +95,9 @@ def test_a_run_whose_lease_expired_is_reported_failed_and_the_next_attempt_start
     assert request.run_key == f"simulated-{day}-2"
 
 
-def test_a_run_that_renews_its_lease_is_left_alone(instance: dg.DagsterInstance, lake_dir: Path) -> None:
+def test_a_run_that_renews_its_lease_is_not_failed(instance: dg.DagsterInstance, lake_dir: Path) -> None:
     run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
-    _write_lease(lake_dir, run, expires=datetime.now(UTC) + timedelta(minutes=1), machine="elsewhere/boot")
+    _write_lease(lake_dir, run, expires_in=timedelta(minutes=1))
     assert _fail_lost_runs(instance) == "no run is lost"
     assert isinstance(_tick(instance), dg.SkipReason)
     alive = instance.get_run_by_id(run.run_id)
@@ -108,7 +109,7 @@ def test_a_run_whose_process_is_gone_from_this_machine_is_failed_before_its_leas
     instance: dg.DagsterInstance, lake_dir: Path
 ) -> None:
     run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
-    _write_lease(lake_dir, run, expires=datetime.now(UTC) + timedelta(minutes=1), machine=this_machine(), pid=2**22 + 1)
+    _write_lease(lake_dir, run, expires_in=timedelta(minutes=1), machine=this_machine(), pid=2**22 + 1)
     assert "1" in _fail_lost_runs(instance)
     assert isinstance(_tick(instance), dg.RunRequest)
 
@@ -121,13 +122,8 @@ def _started_run(instance: dg.DagsterInstance, day: str) -> dg.DagsterRun:
     return run
 
 
-def _write_lease(lake_dir: Path, run: dg.DagsterRun, expires: datetime, machine: str, pid: int = 1) -> None:
-    holding = Holding(
-        run="20261120T090000Z-abc",
-        owner=run.run_id,
-        machine=machine,
-        pid=pid,
-        renewed_at=expires - timedelta(minutes=1),
-        expires_at=expires,
-    )
-    (lake_dir / layout.LEASE_KEY).write_bytes(msgspec.json.encode(holding))
+def _write_lease(
+    lake_dir: Path, run: dg.DagsterRun, expires_in: timedelta, machine: str = ELSEWHERE, pid: int = 1
+) -> None:
+    held = holding("20261120T090000Z-abc", owner=run.run_id, machine=machine, pid=pid, expires_in=expires_in)
+    (lake_dir / layout.LEASE_KEY).write_bytes(msgspec.json.encode(held))

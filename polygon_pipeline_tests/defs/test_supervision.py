@@ -9,7 +9,7 @@ import time
 from polygon_pipeline.defs import supervision
 
 
-def test_a_killed_process_or_one_that_began_after_the_run_is_not_the_runs() -> None:
+def test_a_killed_process_or_one_started_after_the_run_is_not_the_runs_process() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         began = time.time()
         assert supervision._is_alive(process.pid, began + 1)

@@ -43,7 +43,7 @@ def test_refused_events_are_named_by_position() -> None:
 
 @given(moments, json_values, st.sampled_from([None, 1, "\t"]), st.lists(st.integers(0, 9)))
 @example(AT, ["a\n\r\u2028b"], 1, [])
-def test_a_frames_line_holds_what_arrived_however_it_was_laid_out(
+def test_a_frames_line_holds_what_arrived_in_any_layout_of_its_json(
     at: datetime, value: object, indent: int | str | None, refused: list[int]
 ) -> None:
     payload = json.dumps(value, indent=indent, ensure_ascii=False).replace("\n", "\r\n").encode()

@@ -1,4 +1,4 @@
-"""Looking at everybody's raw data: bounded pieces, no day left out, and what is news of it."""
+"""Finding other programs' raw data: in limited pieces, with no day left out, and which of it is new."""
 
 from __future__ import annotations
 
@@ -19,17 +19,12 @@ from polygon_pipeline.lake.external import Found, Position, Report, is_news, loo
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline_tests.support.bars import OPENING
+from polygon_pipeline_tests.support.lakes import put_raw_bars
 
 TODAY = date(2026, 1, 30)
 DAYS = calendar.trading_days(TODAY - timedelta(days=30), TODAY)
-START_MS = 1769437800000
 NOW = datetime(2026, 1, 30, 20, tzinfo=UTC)
-
-
-def put_bars(lake: Lake, day: date, *tickers: str, minutes: int = 1) -> None:
-    for ticker in tickers:
-        for minute in range(minutes):
-            lake.put(layout.raw_key(Channel.MINUTE, day, ticker, START_MS + 60_000 * minute), b"{}")
 
 
 def counts(found: list[Found]) -> dict[date, int]:
@@ -41,13 +36,13 @@ def look_small(lake: Lake, position: Position, reported: list[date]) -> dict[dat
     return counts(list(look(lake, position, [str(day) for day in reported], TODAY, pages=1, page_objects=2)))
 
 
-def test_every_day_is_counted_with_its_newest_object_whatever_a_look_may_list(lake: Lake) -> None:
-    put_bars(lake, DAYS[0], "BRK", "BRK.B", "A B", "KIMpL", minutes=2)
-    put_bars(lake, DAYS[1], "SPY")
-    put_bars(lake, DAYS[2], "SPY", minutes=3)
+def test_every_day_is_counted_with_its_newest_object_although_each_look_is_limited(lake: Lake) -> None:
+    put_raw_bars(lake, DAYS[0], "BRK", "BRK.B", "A B", "KIMpL", minutes=2)
+    put_raw_bars(lake, DAYS[1], "SPY")
+    put_raw_bars(lake, DAYS[2], "SPY", minutes=3)
     for other in (f"raw-data/{DAYS[1]}/SPY/notes.txt", f"raw-data/{DAYS[1]}/_SUCCESS", "raw-data/20260126/x.json"):
         lake.put(other, b"")
-    lake.put(layout.raw_key(Channel.SECOND, DAYS[3], "SPY", START_MS), b"{}")
+    lake.put(layout.raw_key(Channel.SECOND, DAYS[3], "SPY", OPENING), b"{}")
     newest = {
         day: max(
             meta["last_modified"]
@@ -69,18 +64,19 @@ def test_every_day_is_counted_with_its_newest_object_whatever_a_look_may_list(la
     }
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(st.sampled_from(DAYS), st.integers(1, 12), min_size=1),
     st.sets(st.sampled_from(DAYS).map(str)),
     st.integers(1, 3),
     st.integers(1, 4),
 )
-def test_a_look_lists_no_more_than_its_bound_and_a_round_comes_to_every_day(
+def test_a_look_lists_no_more_than_its_limit_and_a_round_reaches_every_day(
     bucket: dict[date, int], reported: set[str], pages: int, page_objects: int
 ) -> None:
     lake = Lake("s3://in/memory", MemoryStore())
     for day, objects in bucket.items():
-        put_bars(lake, day, "SPY", minutes=objects)
+        put_raw_bars(lake, day, "SPY", minutes=objects)
     listed = 0
 
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -103,9 +99,9 @@ def test_a_look_lists_no_more_than_its_bound_and_a_round_comes_to_every_day(
     assert {day for found in seen for day in found} == bucket.keys()
 
 
-def test_of_a_big_bucket_the_newest_day_and_unreported_ones_need_not_wait_for_the_round(s3_lake: Lake) -> None:
+def test_in_a_large_bucket_the_newest_day_and_unreported_days_are_listed_before_their_turn(s3_lake: Lake) -> None:
     for day in DAYS:
-        put_bars(s3_lake, day, "SPY")
+        put_raw_bars(s3_lake, day, "SPY")
     position = Position()
     assert [*look_small(s3_lake, position, DAYS)] == [DAYS[-1], DAYS[-2]]
     assert [*look_small(s3_lake, position, DAYS)] == [DAYS[-1], DAYS[-3]]
@@ -115,34 +111,34 @@ def test_of_a_big_bucket_the_newest_day_and_unreported_ones_need_not_wait_for_th
     assert [*look_small(s3_lake, position, missing)] == [DAYS[-1], DAYS[5], DAYS[-6]]
 
 
-def test_what_comes_to_an_old_day_is_seen_in_a_later_round(lake: Lake) -> None:
+def test_objects_added_to_an_old_day_are_found_in_a_later_round(lake: Lake) -> None:
     for day in DAYS[:4]:
-        put_bars(lake, day, "SPY")
+        put_raw_bars(lake, day, "SPY")
     position = Position()
     looks = [look_small(lake, position, DAYS) for _ in range(4)]
-    put_bars(lake, DAYS[0], "QQQ")
+    put_raw_bars(lake, DAYS[0], "QQQ")
     looks += [look_small(lake, position, DAYS) for _ in range(4)]
     assert [found[DAYS[0]] for found in looks if DAYS[0] in found] == [1, 2]
 
 
-def test_a_future_or_closed_day_is_of_the_round_alone(file_lake: Lake) -> None:
+def test_a_future_or_closed_day_is_listed_by_the_round_only(file_lake: Lake) -> None:
     future, saturday = TODAY + timedelta(days=3), date(2026, 1, 24)
     for day in (future, saturday, DAYS[0]):
-        put_bars(file_lake, day, "SPY")
+        put_raw_bars(file_lake, day, "SPY")
     position = Position()
     assert [*look_small(file_lake, position, [])] == [DAYS[0], future]
     assert [*look_small(file_lake, position, [])] == [DAYS[0], saturday]
 
 
-def test_an_empty_lake_has_nothing_to_look_at(lake: Lake) -> None:
+def test_an_empty_lake_has_no_days(lake: Lake) -> None:
     position = Position()
     assert look_small(lake, position, []) == {}
     assert position == Position()
 
 
-def test_a_day_that_cannot_be_listed_says_so_and_does_not_stop_the_others(file_lake: Lake) -> None:
-    put_bars(file_lake, DAYS[0], "SPY")
-    put_bars(file_lake, DAYS[1], "SPY")
+def test_a_day_that_cannot_be_listed_has_an_error_and_the_others_are_listed(file_lake: Lake) -> None:
+    put_raw_bars(file_lake, DAYS[0], "SPY")
+    put_raw_bars(file_lake, DAYS[1], "SPY")
     (file_lake.local_root / f"raw-data/{DAYS[1]}" / os.fsdecode(b"\xff")).write_bytes(b"")
     found = {one.day: one.error for one in look(file_lake, Position(), [], TODAY)}
     assert found[DAYS[0]] is None
@@ -170,7 +166,7 @@ JUST_NOW = NOW - timedelta(seconds=20)
         (TODAY, 5, OLD, Report(5, OLD, OLD), False),
     ],
 )
-def test_news_is_what_was_not_reported_and_is_quiet_or_of_today_now_and_then(
+def test_unreported_objects_are_news_once_no_more_arrive_or_every_few_minutes_of_today(
     day: date, objects: int, newest: datetime | None, reported: Report | None, expected: bool
 ) -> None:
     assert is_news(Found(day, objects, newest), reported, NOW, TODAY) is expected

@@ -17,7 +17,7 @@ START_MS = int(datetime(2026, 1, 26, 18, 30, tzinfo=UTC).timestamp() * 1000)
 tickers = st.text(min_size=1, max_size=64).filter(lambda ticker: ticker_error(ticker) is None)
 
 
-def test_the_specifications_key_is_kept_to_the_letter() -> None:
+def test_a_raw_key_is_exactly_the_specifications() -> None:
     assert layout.raw_key(Channel.MINUTE, DAY, "SPY", START_MS) == "raw-data/2026-01-26/SPY/2026-01-26T18:30:00Z.json"
 
 
@@ -27,7 +27,7 @@ def test_second_bars_have_a_prefix_of_their_own() -> None:
     assert not key.startswith(layout.raw_prefix(Channel.MINUTE, DAY))
 
 
-def test_every_other_key_says_what_of_which_day_it_is() -> None:
+def test_every_other_key_names_its_content_and_day() -> None:
     assert layout.frames_key(DAY, "RUN", 7) == "raw-frames/2026-01-26/RUN-000007.jsonl.zst"
     assert layout.quarantine_key(DAY, "RUN", 7) == "quarantine/2026-01-26/RUN-000007.jsonl"
     assert layout.ledger_key(DAY, "RUN") == "ledger/2026-01-26/RUN.json"
@@ -75,18 +75,18 @@ def test_the_order_of_a_runs_archives_is_the_order_of_their_segments(one: int, o
         "raw-data/2026-01-26/_SUCCESS",
     ],
 )
-def test_what_is_no_raw_key_is_read_as_none(key: str) -> None:
+def test_other_keys_are_parsed_as_none(key: str) -> None:
     assert layout.parse_raw_key(key) is None
 
 
 @pytest.mark.parametrize(
     "prefix", ["", "raw-data/", "raw-data/SPY", "raw-data/20260126", "raw-data/2026-W05-1", "raw-data/2026-02-30/"]
 )
-def test_what_is_no_days_prefix_is_read_as_none(prefix: str) -> None:
+def test_other_prefixes_are_parsed_as_none(prefix: str) -> None:
     assert layout.parse_raw_prefix(prefix) is None
 
 
 @given(st.text(max_size=40) | st.lists(st.text(max_size=8), min_size=4, max_size=4).map("/".join))
-def test_no_key_at_all_makes_reading_it_fail(key: str) -> None:
+def test_parsing_never_fails_for_any_key(key: str) -> None:
     parsed = layout.parse_raw_key(key)
     assert parsed is None or key.split("/")[2] == parsed[0]

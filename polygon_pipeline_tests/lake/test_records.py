@@ -98,7 +98,7 @@ def test_a_record_by_another_writer_is_read() -> None:
 
 @pytest.mark.parametrize("name", ["timestamp", "collected_at"])
 @pytest.mark.parametrize("time", ["2026-01-26T18:30:00", "2026-01-26", "yesterday", "", "2026-13-26T18:30:00Z"])
-def test_a_time_without_a_zone_or_that_is_none_is_refused(name: str, time: str) -> None:
+def test_a_time_without_a_zone_or_that_is_invalid_is_refused(name: str, time: str) -> None:
     with pytest.raises(ValueError, match=r"has no zone|Invalid isoformat|month must be"):
         decode_record(record(**{name: time}))
 
@@ -120,7 +120,7 @@ def test_a_time_without_a_zone_or_that_is_none_is_refused(name: str, time: str) 
         record(timestamp=1769452200),
     ],
 )
-def test_what_is_no_record_is_refused(content: bytes) -> None:
+def test_content_that_is_no_record_is_refused(content: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
         decode_record(content)
 

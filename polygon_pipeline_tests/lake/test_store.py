@@ -1,16 +1,13 @@
-"""Both kinds of lake behave alike; what cannot work says what to mend."""
+"""Both kinds of lake behave alike, and errors name what to correct."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from obstore.exceptions import GenericError
 
 from polygon_pipeline.lake import layout
@@ -26,20 +23,14 @@ from polygon_pipeline.lake.store import (
     permanent_error,
 )
 from polygon_pipeline.market.bars import Channel, ticker_error
-from polygon_pipeline_tests.support.s3_server import SeaweedFS
-
-DAY = date(2026, 1, 26)
-START_MS = 1769452200000
-
-
-def no_s3() -> S3Access:
-    raise AssertionError("S3 is not asked for")
-
+from polygon_pipeline_tests.support.bars import DAY, NOON
+from polygon_pipeline_tests.support.lakes import local_lake, no_s3
+from polygon_pipeline_tests.support.s3_server import SeaweedFS, strict_s3
 
 # Objects
 
 
-def test_what_is_put_can_be_got_and_replaced(lake: Lake) -> None:
+def test_an_object_can_be_stored_read_and_replaced(lake: Lake) -> None:
     assert lake.get("a/b.json") is None
     lake.put("a/b.json", b"one")
     assert lake.get("a/b.json") == b"one"
@@ -78,7 +69,7 @@ def test_many_keys_are_all_listed_and_got(lake: Lake) -> None:
     assert found == wanted
 
 
-def test_getting_many_of_none_is_nothing_and_a_missing_one_is_an_error(lake: Lake) -> None:
+def test_getting_no_keys_does_nothing_and_a_missing_key_is_an_error(lake: Lake) -> None:
     lake.get_many([], lambda key, content: pytest.fail(f"there is no {key}"))
     lake.put("here", b"")
     with pytest.raises(NOT_FOUND):
@@ -91,12 +82,12 @@ TICKERS = ["BRK.B", "KIMpL", "KIMPL", "A B", "A%2FB", "A%B", "A#B", "A?B", "A*B"
 def test_every_ticker_has_its_own_keys_in_its_own_spelling(lake: Lake) -> None:
     assert [ticker for ticker in TICKERS if ticker_error(ticker)] == []
     for ticker in TICKERS:
-        lake.put(layout.raw_key(Channel.MINUTE, DAY, ticker, START_MS), ticker.encode())
+        lake.put(layout.raw_key(Channel.MINUTE, DAY, ticker, NOON), ticker.encode())
     keys = lake.keys(layout.raw_prefix(Channel.MINUTE, DAY))
     found: dict[str, bytes] = {}
     lake.get_many(keys, lambda key, content: found.update({key: content}))
     assert {layout.parse_raw_key(key): content for key, content in found.items()} == {
-        (ticker, START_MS): ticker.encode() for ticker in TICKERS
+        (ticker, NOON): ticker.encode() for ticker in TICKERS
     }
 
 
@@ -122,7 +113,7 @@ def test_two_lakes_in_one_bucket_do_not_see_each_other(seaweedfs: SeaweedFS) -> 
 # Claims
 
 
-def test_a_lake_takes_one_feed_and_refuses_another(lake: Lake) -> None:
+def test_a_lake_accepts_one_feed_and_refuses_another(lake: Lake) -> None:
     lake.claim("simulated")
     lake.claim("simulated")
     with pytest.raises(LakeError, match="never mixed") as refused:
@@ -132,9 +123,9 @@ def test_a_lake_takes_one_feed_and_refuses_another(lake: Lake) -> None:
     lake.claim("simulated")
 
 
-def test_wrong_credentials_say_what_to_check(seaweedfs: SeaweedFS) -> None:
+def test_the_error_for_wrong_credentials_names_what_to_check(seaweedfs: SeaweedFS) -> None:
     bucket = seaweedfs.new_bucket()
-    for key, secret in ((seaweedfs.access_key, "wrong"), ("nobody", seaweedfs.secret_key)):
+    for key, secret in ((seaweedfs.access_key, "wrong"), ("another-key", seaweedfs.secret_key)):
         session = boto3.Session(key, secret, region_name="us-east-1")
         lake = open_lake(f"s3://{bucket}", lambda session=session: S3Access(session, seaweedfs.endpoint_url))  # type: ignore[misc]
         with pytest.raises(LakeError, match=r"refuses these credentials.*AWS_\*") as refused:
@@ -143,36 +134,28 @@ def test_wrong_credentials_say_what_to_check(seaweedfs: SeaweedFS) -> None:
         assert secret not in str(refused.value)
 
 
-@pytest.fixture
-def strict_s3() -> Iterator[str]:
-    """An S3 server that makes no bucket by itself, as AWS does not."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-def test_a_missing_bucket_says_what_to_do(strict_s3: str) -> None:
+@pytest.mark.slow
+def test_the_error_for_a_missing_bucket_names_what_to_do() -> None:
     session = boto3.Session("key", "secret", region_name="us-east-1")
-    lake = open_lake("s3://no-such-bucket/prefix", lambda: S3Access(session, strict_s3))
-    with pytest.raises(LakeError, match=r"does not exist\. Create the bucket or correct LAKE_URI") as refused:
+    with strict_s3() as url:
+        lake = open_lake("s3://no-such-bucket/prefix", lambda: S3Access(session, url))
+        with pytest.raises(LakeError, match=r"does not exist\. Create the bucket or correct LAKE_URI") as refused:
+            lake.claim("polygon")
+        assert "s3://no-such-bucket/prefix" in str(refused.value)
+        session.client("s3", endpoint_url=url).create_bucket(Bucket="no-such-bucket")
         lake.claim("polygon")
-    assert "s3://no-such-bucket/prefix" in str(refused.value)
-    session.client("s3", endpoint_url=strict_s3).create_bucket(Bucket="no-such-bucket")
-    lake.claim("polygon")
-    assert lake.keys("") == ["feed.json"]
+        assert lake.keys("") == ["feed.json"]
 
 
 def test_a_folder_that_is_a_file_cannot_be_claimed(tmp_path: Path) -> None:
-    lake = open_lake((tmp_path / "lake").as_uri(), no_s3)
+    lake = local_lake(tmp_path / "lake")
     (tmp_path / "lake").rmdir()
     (tmp_path / "lake").write_bytes(b"")
     with pytest.raises(Exception, match=str(tmp_path)):
         lake.claim("polygon")
 
 
-def test_a_fault_that_may_pass_is_told_from_a_permanent_one() -> None:
+def test_temporary_faults_are_distinguished_from_permanent_ones() -> None:
     assert permanent_error(GenericError("connection refused"), "s3://bucket") is None
     assert permanent_error(TimeoutError(), "s3://bucket") is None
     missing = permanent_error(GenericError("404: <Code>NoSuchBucket</Code>"), "s3://bucket")
@@ -183,7 +166,7 @@ def test_a_fault_that_may_pass_is_told_from_a_permanent_one() -> None:
     assert "read only" in str(denied)
 
 
-def test_an_error_is_told_in_one_short_line() -> None:
+def test_an_error_is_shortened_to_one_line() -> None:
     assert brief(ValueError("first\nsecond")) == "first"
     assert brief(ValueError("")) == "ValueError"
     assert len(brief(ValueError("x" * 10_000))) <= 300
@@ -195,7 +178,7 @@ def test_an_error_is_told_in_one_short_line() -> None:
 @pytest.mark.parametrize(
     "uri", ["", "lake", "/var/lake", "http://host/lake", "s3:", "s3://", "s3:///key", "file://host/lake"]
 )
-def test_what_is_no_lakes_uri_is_refused_with_what_would_be(uri: str) -> None:
+def test_an_invalid_lake_uri_is_refused_with_the_valid_forms(uri: str) -> None:
     with pytest.raises(LakeError, match=r"LAKE_URI is .* must be s3://bucket/prefix or file:///absolute/path"):
         open_lake(uri, no_s3)
 
@@ -206,7 +189,7 @@ def test_a_local_lakes_path_is_absolute(tmp_path: Path, monkeypatch: pytest.Monk
         open_lake("file:lake", no_s3)
 
 
-def test_a_local_folder_is_made_and_may_have_any_name(tmp_path: Path) -> None:
+def test_a_local_folder_is_created_and_may_have_any_name(tmp_path: Path) -> None:
     root = tmp_path / "my lake" / "100% É"
     lake = open_lake(root.as_uri(), no_s3)
     lake.put("a", b"1")
@@ -214,12 +197,12 @@ def test_a_local_folder_is_made_and_may_have_any_name(tmp_path: Path) -> None:
     assert lake.local_root == root
 
 
-def test_without_credentials_an_s3_lake_says_which_to_set() -> None:
+def test_without_credentials_the_error_names_the_variables_to_set() -> None:
     with pytest.raises(LakeError, match="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
         open_lake("s3://bucket", lambda: S3Access(boto3.Session()))
 
 
-def test_an_s3_lake_is_opened_without_asking_anyone() -> None:
+def test_an_s3_lake_is_opened_without_a_request() -> None:
     lake = open_lake("s3://bucket", lambda: S3Access(boto3.Session("key", "secret"), "http://127.0.0.1:1"))
     assert lake.url("a") == "s3://bucket/a"
 
@@ -227,7 +210,7 @@ def test_an_s3_lake_is_opened_without_asking_anyone() -> None:
 # Many at a time
 
 
-def test_everything_is_worked_on_once_and_not_more_than_the_limit_at_a_time() -> None:
+def test_every_item_is_processed_once_and_never_more_than_the_limit_at_a_time() -> None:
     done: list[int] = []
     at_work = most = 0
 
@@ -244,7 +227,7 @@ def test_everything_is_worked_on_once_and_not_more_than_the_limit_at_a_time() ->
     assert most == CONCURRENCY
 
 
-def test_the_first_error_ends_the_others_and_is_raised_itself() -> None:
+def test_the_first_error_cancels_the_others_and_is_raised_itself() -> None:
     ended = threading.Event()
 
     async def work(item: int) -> None:

@@ -28,7 +28,7 @@ def test_tickers_of_every_kind_are_accepted_in_their_own_case(ticker: str) -> No
     "ticker",
     ["", ".", "..", "A/B", "/", "../etc", "A..B", "A\\B", "A\nB", "A\x00", "A\x7f", "A\x85", "A\u2028B", "A" * 65],
 )
-def test_what_could_leave_its_folder_or_break_a_line_is_no_ticker(ticker: str) -> None:
+def test_text_that_could_leave_its_folder_or_break_a_line_is_no_ticker(ticker: str) -> None:
     fault = ticker_error(ticker)
     assert fault
     assert "ticker" in fault
@@ -103,7 +103,7 @@ def test_a_decimal_string_keeps_its_value(value: Decimal) -> None:
 @pytest.mark.parametrize(
     "value", ["", "x", "0x10", "nan", "inf", "1e3", " 5", "1_0", "+5", "5.", "\uff11", math.nan, math.inf, 10**400]
 )
-def test_what_is_no_finite_decimal_number_is_no_volume(value: float | str) -> None:
+def test_text_that_is_no_finite_decimal_number_is_no_volume(value: float | str) -> None:
     with pytest.raises(ValueError, match=r"not a (finite|decimal) number"):
         shares(value)
 

@@ -95,7 +95,7 @@ def test_sessions_are_known_to_the_end_of_the_year_after_next() -> None:
     assert calendar.trading_days(date(this_year + 2, 12, 20), date(this_year + 3, 12, 31))
 
 
-def test_trading_days_include_both_ends_and_skip_what_is_closed() -> None:
+def test_trading_days_include_both_ends_and_skip_closed_days() -> None:
     assert calendar.trading_days(date(2026, 1, 16), date(2026, 1, 20)) == [date(2026, 1, 16), date(2026, 1, 20)]
     assert calendar.trading_days(date(2026, 1, 17), date(2026, 1, 19)) == []
 
@@ -156,7 +156,7 @@ def test_the_bounds_of_a_day_hold_its_bars_and_no_others(day: date) -> None:
         (utc(2012, 10, 27, 12), date(2012, 10, 31)),
     ],
 )
-def test_the_session_to_collect_is_the_one_under_way_or_the_next(now: datetime, day: date) -> None:
+def test_the_session_to_collect_is_the_current_or_the_next(now: datetime, day: date) -> None:
     assert calendar.current_or_next_session(now).date == day
 
 
@@ -178,7 +178,7 @@ def test_as_many_completed_sessions_as_asked_for_oldest_first(count: int) -> Non
     assert days == calendar.trading_days(days[0], date(2026, 1, 23))
 
 
-def test_the_kept_closures_are_what_the_library_says() -> None:
+def test_the_stored_closures_equal_the_librarys() -> None:
     """When this fails after an upgrade: python -m polygon_pipeline.market.calendar, and look at the difference."""
     kept = calendar._closures()
     assert kept == calendar.closures_by_library(kept.until)

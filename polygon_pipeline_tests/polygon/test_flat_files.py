@@ -16,10 +16,10 @@ from polygon_pipeline.lake.store import Lake, S3Access, open_lake
 from polygon_pipeline.market.calendar import NEW_YORK
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import FlatFile, expected_at, fetch_flat_file, flat_file_key
+from polygon_pipeline_tests.support.bars import DAY
 from polygon_pipeline_tests.support.planned_server import Answer, PlannedServer, planned_server
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
-DAY = date(2026, 1, 26)
 KEY = "us_stocks_sip/minute_aggs_v1/2026/01/2026-01-26.csv.gz"
 MONTH = "us_stocks_sip/minute_aggs_v1/2026/01"
 PUBLISHED = datetime(2026, 1, 27, 16, tzinfo=UTC)  # 11:00 in New York
@@ -50,7 +50,7 @@ def test_a_days_file_is_expected_by_eleven_in_new_york_the_next_day(day: date, u
 
 
 @given(st.dates(date(2003, 9, 10), date(2040, 1, 1)))
-def test_it_is_eleven_in_new_york_through_every_change_of_the_clock(day: date) -> None:
+def test_the_expected_time_is_eleven_in_new_york_in_summer_and_winter(day: date) -> None:
     local = expected_at(day).astimezone(NEW_YORK)
     assert (local.date(), local.hour, local.minute) == (day + timedelta(days=1), 11, 0)
 
@@ -96,7 +96,7 @@ def test_a_replaced_file_is_fetched_again(lake: Lake, tmp_path: Path) -> None:
         (PUBLISHED + timedelta(minutes=5), PUBLISHED + timedelta(hours=1, minutes=5)),
     ],
 )
-def test_a_missing_file_is_asked_for_again_when_it_is_due_and_hourly_when_it_is_late(
+def test_a_missing_file_is_retried_when_it_is_due_and_hourly_when_it_is_late(
     lake: Lake, tmp_path: Path, now: datetime, next_try: datetime
 ) -> None:
     with pytest.raises(NotYetPublished, match="expected by 2026-01-27 11:00 New York time") as error:
@@ -105,7 +105,7 @@ def test_a_missing_file_is_asked_for_again_when_it_is_due_and_hourly_when_it_is_
     assert not (tmp_path / "day.csv.gz").exists()
 
 
-def test_a_file_that_is_missing_for_long_will_not_come(lake: Lake, tmp_path: Path) -> None:
+def test_a_file_that_is_missing_for_more_than_a_week_is_refused(lake: Lake, tmp_path: Path) -> None:
     with pytest.raises(HistoryRefused, match=KEY):
         fetch_flat_file(lake.store, DAY, tmp_path / "day.csv.gz", known_etag=None, now=PUBLISHED + timedelta(days=8))
 
@@ -113,7 +113,7 @@ def test_a_file_that_is_missing_for_long_will_not_come(lake: Lake, tmp_path: Pat
 # What is forbidden
 
 
-def test_wrong_keys_are_told_by_their_variables_names(seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+def test_the_error_for_wrong_keys_names_their_variables(seaweedfs: SeaweedFS, tmp_path: Path) -> None:
     right = seaweedfs.lake("")
     right.put(KEY, b"there")
     session = boto3.Session("wrong-id", "wrong-secret", region_name="us-east-1")
@@ -162,7 +162,7 @@ def test_a_forbidden_file_that_is_not_listed_is_not_published_yet(server: Planne
         ask(server, tmp_path / "day.csv.gz", PUBLISHED)
 
 
-def test_where_nothing_may_be_listed_a_file_is_forbidden_from_when_it_is_due(
+def test_where_listing_is_forbidden_a_file_counts_as_forbidden_from_its_due_time(
     server: PlannedServer, tmp_path: Path
 ) -> None:
     server.plan["/flatfiles"] = [Answer(403)]
@@ -175,7 +175,7 @@ def test_where_nothing_may_be_listed_a_file_is_forbidden_from_when_it_is_due(
 # What fails
 
 
-def test_a_bucket_that_fails_to_list_is_told_from_one_that_refuses(server: PlannedServer, tmp_path: Path) -> None:
+def test_a_failure_to_list_is_distinguished_from_a_refusal(server: PlannedServer, tmp_path: Path) -> None:
     server.plan["/flatfiles"] = [Answer(503)]
     with pytest.raises(HistoryUnavailable, match=KEY):
         ask(server, tmp_path / "day.csv.gz", PUBLISHED)
@@ -185,7 +185,7 @@ def test_a_bucket_that_fails_to_list_is_told_from_one_that_refuses(server: Plann
     "fault",
     [Answer(503), Answer(200, b"x" * 1000, {"Last-Modified": "Tue, 27 Jan 2026 16:00:00 GMT"}, dropped=True)],
 )
-def test_a_store_that_fails_is_told_from_one_that_refuses(fault: Answer, server: PlannedServer, tmp_path: Path) -> None:
+def test_a_failing_store_is_distinguished_from_a_refusal(fault: Answer, server: PlannedServer, tmp_path: Path) -> None:
     server.plan[f"/flatfiles/{KEY}"] = [fault]
     (tmp_path / "day.csv.gz").write_bytes(b"the earlier one")
     with pytest.raises(HistoryUnavailable, match=KEY):
@@ -194,7 +194,9 @@ def test_a_store_that_fails_is_told_from_one_that_refuses(fault: Answer, server:
     assert [path.name for path in tmp_path.iterdir()] == ["day.csv.gz"]
 
 
-def test_a_server_that_heeds_no_condition_is_not_read_again(server: PlannedServer, tmp_path: Path) -> None:
+def test_an_unchanged_file_is_not_read_from_a_server_that_ignores_conditions(
+    server: PlannedServer, tmp_path: Path
+) -> None:
     headers = {"Last-Modified": "Tue, 27 Jan 2026 16:00:00 GMT", "ETag": '"same"'}
     server.plan[f"/flatfiles/{KEY}"] = [Answer(200, b"content", headers)]
     assert ask(server, tmp_path / "day.csv.gz", PUBLISHED, known_etag='"same"') is None

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from polygon_pipeline.market.bars import Bar, Channel
 from polygon_pipeline.polygon.messages import Frame, Status, decode_frame, decode_statuses
+from polygon_pipeline_tests.support.bars import NOON, JsonObject, aggregate
 from polygon_pipeline_tests.support.events import (
     RECEIVED_AT,
     START_MS,
-    JsonObject,
     bad_events,
     encode,
     good_events,
@@ -34,28 +34,22 @@ DOCUMENTED = (
 )
 
 
-def event(**fields: object) -> JsonObject:
-    """An acceptable event; fields: what differs, None takes a field away."""
-    usual = {"ev": "AM", "sym": "SPY", "v": 10, "o": 1.5, "h": 3.5, "l": 0.5, "c": 2.5, "vw": 2.25, "s": START_MS}
-    return {name: value for name, value in {**usual, **fields}.items() if value is not None}
-
-
 def decode(*events: object) -> Frame:
     return decode_frame(encode(list(events)), RECEIVED_AT)
 
 
-def only_bar(**fields: object) -> Bar:
-    frame = decode(event(**fields))
+def only_bar(**fields: Any) -> Bar:
+    frame = decode(aggregate(**fields))
     assert frame.events == 1, frame
     [(channel, bar)] = frame.bars
     assert channel is Channel.MINUTE
     return bar
 
 
-def refusal(**fields: object) -> str:
+def refusal(**fields: Any) -> str:
     """Why this event is refused, beside two good ones that are not."""
-    bad = event(**fields)
-    frame = decode(event(sym="BEFORE"), bad, event(sym="AFTER"))
+    bad = aggregate(**fields)
+    frame = decode(aggregate(sym="BEFORE"), bad, aggregate(sym="AFTER"))
     assert [bar.ticker for _, bar in frame.bars] == ["BEFORE", "AFTER"]
     [refused] = frame.refused
     assert refused.position == 1
@@ -83,23 +77,23 @@ def test_the_documented_sample_is_one_minute_bar_though_it_is_a_bare_object() ->
 
 
 def test_prices_and_start_come_from_the_fields_of_the_window() -> None:
-    assert only_bar() == Bar("SPY", START_MS, 1.5, 3.5, 0.5, 2.5, 10, 2.25)
+    assert only_bar() == Bar("SPY", NOON, 450.25, 450.75, 450.2, 450.5, 1000, 450.3)
 
 
 @pytest.mark.parametrize(("ev", "channel"), [("AM", Channel.MINUTE), ("A", Channel.SECOND)])
 def test_the_kind_is_the_channel(ev: str, channel: Channel) -> None:
-    assert [found for found, _ in decode(event(ev=ev)).bars] == [channel]
+    assert [found for found, _ in decode(aggregate(ev=ev)).bars] == [channel]
 
 
 @pytest.mark.parametrize("op", [75.98, 0, None])
-def test_open_is_o_whatever_the_days_official_open_is(op: float | None) -> None:
-    assert only_bar(op=op).open == 1.5
+def test_open_is_o_for_any_official_open(op: float | None) -> None:
+    assert only_bar(op=op).open == 450.25
 
 
-def test_op_serves_where_o_is_absent_unless_it_is_zero() -> None:
+def test_op_is_used_where_o_is_absent_unless_it_is_zero() -> None:
     assert only_bar(o=None, op=75.98).open == 75.98
     assert "no opening price" in refusal(o=None, op=0)
-    assert "no opening price" in refusal(o=None)
+    assert "no opening price" in refusal(o=None, op=None)
 
 
 def test_an_opening_price_of_zero_is_taken_as_it_is() -> None:
@@ -124,7 +118,7 @@ def test_volume_is_dv_with_its_fractions_or_else_v(fields: JsonObject, volume: i
     assert type(found) is type(volume)
 
 
-def test_the_days_fields_leave_the_bar_alone() -> None:
+def test_the_days_fields_do_not_change_the_bar() -> None:
     assert only_bar(av=7.5, dav="7.5", a=99.5, z=62.5, e=1, otc=True) == only_bar()
 
 
@@ -148,7 +142,7 @@ def test_tickers_keep_their_case_and_dots(ticker: str) -> None:
 
 def test_a_frame_of_mixed_kinds_is_read_to_its_end() -> None:
     status = {"ev": "status", "status": "success", "message": "subscribed to: AM.SPY"}
-    frame = decode(status, event(), {"ev": "T", "sym": 5}, event(ev="A", sym="QQQ"), event(sym="IBM"))
+    frame = decode(status, aggregate(), {"ev": "T", "sym": 5}, aggregate(ev="A", sym="QQQ"), aggregate(sym="IBM"))
     assert [bar.ticker for _, bar in frame.bars] == ["SPY", "QQQ", "IBM"]
     assert frame.statuses == [Status("success", "subscribed to: AM.SPY")]
     assert frame.other == ["T"]
@@ -157,7 +151,11 @@ def test_a_frame_of_mixed_kinds_is_read_to_its_end() -> None:
 
 
 def test_revisions_in_one_frame_are_all_given_in_order() -> None:
-    assert [bar.close for _, bar in decode(event(c=1.0), event(c=3.0), event(c=2.0)).bars] == [1.0, 3.0, 2.0]
+    assert [bar.close for _, bar in decode(aggregate(c=1.0), aggregate(c=3.0), aggregate(c=2.0)).bars] == [
+        1.0,
+        3.0,
+        2.0,
+    ]
 
 
 def test_a_status_needs_no_message() -> None:
@@ -191,7 +189,7 @@ def test_an_empty_frame_holds_nothing(payload: bytes) -> None:
         (b"true", "neither an object nor an array"),
     ],
 )
-def test_what_is_no_frame_is_refused_as_a_whole_and_counts_as_one(payload: bytes, reason: str) -> None:
+def test_content_that_is_no_frame_is_refused_as_a_whole_and_counts_as_one_event(payload: bytes, reason: str) -> None:
     frame = decode_frame(payload, RECEIVED_AT)
     assert frame.events == 1
     [refused] = frame.refused
@@ -261,8 +259,8 @@ def test_a_value_of_another_type_or_that_is_not_finite_is_refused(fields: JsonOb
 
 
 def raw_event(**fields: bytes) -> bytes:
-    """An event whose JSON no encoder would write."""
-    known = {name: json.dumps(value).encode() for name, value in event().items()} | fields
+    """An event whose JSON no encoder would write. fields: their JSON."""
+    known = {name: json.dumps(value).encode() for name, value in aggregate().items()} | fields
     return b"{" + b",".join(b'"%b":%b' % (name.encode(), value) for name, value in known.items()) + b"}"
 
 
@@ -281,8 +279,8 @@ def raw_event(**fields: bytes) -> bytes:
         raw_event(note=b'"\xc0\xaf"'),
     ],
 )
-def test_numbers_beyond_a_double_and_bytes_that_are_no_text_cost_only_their_event(bad: bytes) -> None:
-    good = encode(event(sym="GOOD"))
+def test_numbers_beyond_a_double_and_bytes_that_are_no_text_affect_only_their_event(bad: bytes) -> None:
+    good = encode(aggregate(sym="GOOD"))
     frame = decode_frame(b"[" + b",".join([good, bad, good]) + b"]", RECEIVED_AT)
     assert [bar.ticker for _, bar in frame.bars] == ["GOOD", "GOOD"]
     assert [(refused.position, refused.raw) for refused in frame.refused] == [(1, bad)]
@@ -298,7 +296,7 @@ def test_a_lone_surrogate_or_nan_makes_no_bar_and_is_kept_verbatim(bad: bytes) -
 
 
 def test_a_volume_that_reads_as_two_is_refused_among_fractional_ones() -> None:
-    frame = decode(event(dv="1.5"), event(dv="1,5"), event(dv="2.5"))
+    frame = decode(aggregate(dv="1.5"), aggregate(dv="1,5"), aggregate(dv="2.5"))
     assert [bar.volume for _, bar in frame.bars] == [1.5, 2.5]
     assert [refused.position for refused in frame.refused] == [1]
 
@@ -324,7 +322,7 @@ def test_nesting_too_deep_to_read_has_no_statuses() -> None:
 
 @settings(max_examples=300)
 @given(st.binary(max_size=60) | st.text(alphabet='[]{}",:\\ue0123456789.-AMsv \n', max_size=60).map(str.encode))
-def test_no_bytes_at_all_make_it_raise(payload: bytes) -> None:
+def test_no_bytes_make_decoding_raise(payload: bytes) -> None:
     frame = decode_frame(payload, RECEIVED_AT)
     assert all(refused.raw in payload for refused in frame.refused)
     assert list(decode_statuses(payload)) == list(frame.statuses)
@@ -332,7 +330,7 @@ def test_no_bytes_at_all_make_it_raise(payload: bytes) -> None:
 
 @settings(max_examples=120)
 @given(st.data())
-def test_no_damage_to_a_good_frame_makes_it_raise(data: st.DataObject) -> None:
+def test_no_damage_to_a_good_frame_makes_decoding_raise(data: st.DataObject) -> None:
     payload = encode(data.draw(st.lists(good_events() | status_events, max_size=3)))
     at = data.draw(st.integers(0, len(payload)))
     cut = data.draw(st.integers(0, 4))
@@ -340,7 +338,7 @@ def test_no_damage_to_a_good_frame_makes_it_raise(data: st.DataObject) -> None:
     frame = decode_frame(damaged, RECEIVED_AT)
     assert all(refused.raw in damaged for refused in frame.refused)
     statuses = list(decode_statuses(damaged))
-    if damaged.isascii():  # what is no text in a field that nobody needs does not keep a status from being obeyed
+    if damaged.isascii():  # undecodable text in a field that no reader needs does not hide a status
         assert statuses == list(frame.statuses)
 
 

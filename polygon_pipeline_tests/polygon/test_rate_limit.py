@@ -33,7 +33,8 @@ def ask(url: str, path: Path, requests: int, per_second: int) -> None:
         history.traded_tickers(date(2026, 1, 26))
 
 
-def test_three_processes_together_hold_the_limit_in_every_window_that_the_server_sees(
+@pytest.mark.slow
+def test_three_processes_together_keep_the_limit_in_every_window_at_the_server(
     tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     with planned_server({GROUPED: [Answer(body={})]}) as server:
@@ -50,7 +51,8 @@ def test_three_processes_together_hold_the_limit_in_every_window_that_the_server
         assert most <= 5
 
 
-def test_threads_of_one_process_hold_the_limit_too(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_threads_of_one_process_keep_the_limit_too(tmp_path: Path) -> None:
     limit = RateLimit(tmp_path / "limit", 10, 0.3)
 
     def work(_: int) -> float:
@@ -75,7 +77,9 @@ def lock_the_file_and_hang(path: Path, in_turn: Event) -> None:
 
 
 @pytest.mark.parametrize("hang", [take_a_turn_and_hang, lock_the_file_and_hang])
-def test_a_process_killed_in_the_middle_keeps_nobody_out(hang: Callable[[Path, Event], None], tmp_path: Path) -> None:
+def test_a_process_killed_during_its_turn_does_not_block_others(
+    hang: Callable[[Path, Event], None], tmp_path: Path
+) -> None:
     in_turn = SPAWN.Event()
     process = SPAWN.Process(target=hang, args=(tmp_path / "limit", in_turn))
     process.start()
@@ -86,7 +90,7 @@ def test_a_process_killed_in_the_middle_keeps_nobody_out(hang: Callable[[Path, E
         pass
 
 
-def test_a_turn_under_way_counts_as_taken(tmp_path: Path) -> None:
+def test_a_turn_in_progress_counts_as_used(tmp_path: Path) -> None:
     limit, stop = RateLimit(tmp_path / "limit", 1, 0.0), threading.Event()
     with limit.turn(threading.Event()):
         threading.Timer(0.1, stop.set).start()
@@ -94,14 +98,14 @@ def test_a_turn_under_way_counts_as_taken(tmp_path: Path) -> None:
             pytest.fail("there was no second turn")
 
 
-def test_who_has_stopped_gets_no_turn(tmp_path: Path) -> None:
+def test_after_a_stop_there_is_no_turn(tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped), RateLimit(tmp_path / "limit", 1, 0.1).turn(stop):
         pytest.fail("there was a turn")
 
 
-def test_an_answer_that_comes_after_its_turn_ran_out_takes_nothing_from_who_has_it_now(tmp_path: Path) -> None:
+def test_an_answer_after_its_turn_expired_does_not_end_the_next_turn(tmp_path: Path) -> None:
     quick = RateLimit(tmp_path / "limit", 1, 0.0, in_flight_seconds=0.05)
     with quick.turn(threading.Event()):
         time.sleep(0.1)
@@ -116,7 +120,7 @@ def test_an_answer_that_comes_after_its_turn_ran_out_takes_nothing_from_who_has_
     [array("d", [1e12] * 5).tobytes(), b"cut", array("d", [float("nan")]).tobytes()],
     ids=["an earlier boot", "cut", "not a number"],
 )
-def test_what_an_earlier_boot_or_a_cut_write_left_in_the_file_holds_nobody_up(tmp_path: Path, left: bytes) -> None:
+def test_content_of_an_earlier_boot_or_an_incomplete_write_delays_no_turn(tmp_path: Path, left: bytes) -> None:
     (tmp_path / "limit").write_bytes(left)
     with RateLimit(tmp_path / "limit", 1, 0.1).turn(threading.Event()):
         pass
@@ -133,13 +137,13 @@ def test_two_limits_on_one_file_count_each_others_turns(tmp_path: Path) -> None:
         pytest.fail("the larger limit's turns were not counted")
 
 
-def test_a_window_that_would_be_taken_for_an_earlier_boots_is_refused(tmp_path: Path) -> None:
+def test_a_window_of_more_than_two_minutes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="120 s"):
         RateLimit(tmp_path / "limit", 1, 600.0)
 
 
 @pytest.mark.parametrize(("a_minute", "per_second"), [(5, 5 / 60), (599, 599 / 60), (600, 10), (659, 10), (6000, 100)])
-def test_a_limit_a_minute_is_never_exceeded_by_the_seconds_it_is_spread_over(
+def test_a_limit_per_minute_is_never_exceeded_by_its_limit_per_second(
     tmp_path: Path, a_minute: int, per_second: float
 ) -> None:
     found = RateLimit.per_minute(tmp_path / "limit", a_minute)

@@ -18,19 +18,11 @@ from polygon_pipeline.polygon import frame_buffer, stream
 from polygon_pipeline.polygon.messages import decode_frame
 from polygon_pipeline.polygon.stream import Backoff, EventKind, StreamRefused
 from polygon_pipeline.simulator.exchange import Exchange
-from polygon_pipeline_tests.support.client import event, log_in
+from polygon_pipeline_tests.support.client import log_in
 from polygon_pipeline_tests.support.events import RECEIVED_AT
+from polygon_pipeline_tests.support.feeds import event
 from polygon_pipeline_tests.support.s3_server import free_ports
-from polygon_pipeline_tests.support.scripted import (
-    KEY,
-    PATIENCE,
-    Script,
-    Watched,
-    deaf,
-    scripted,
-    status,
-    subscribed,
-)
+from polygon_pipeline_tests.support.scripted import KEY, PATIENCE, Script, Watched, deaf, scripted, status, subscribed
 
 
 def kinds(watched: Watched) -> list[EventKind]:
@@ -45,6 +37,7 @@ def shorten(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
 # A well-behaved exchange
 
 
+@pytest.mark.slow
 def test_everything_the_exchange_sends_arrives_in_order_and_a_stop_ends_it() -> None:
     feed = [event(ticker, minute) for minute in range(500) for ticker in ("SPY", "BRK.B")]
     with Exchange(feed, speed=0, key=KEY) as exchange, Watched(exchange.url, ["AM.SPY", "AM.BRK.B"]) as watched:
@@ -66,6 +59,7 @@ def test_everything_the_exchange_sends_arrives_in_order_and_a_stop_ends_it() -> 
     assert watched.events[-1].retry_seconds is None
 
 
+@pytest.mark.slow
 def test_a_stop_ends_a_stream_that_waits_to_reconnect() -> None:
     with Watched(f"ws://127.0.0.1:{free_ports(1)[0]}/stocks", backoff=Backoff(cap_seconds=3600)) as watched:
         for _ in range(3):
@@ -74,6 +68,7 @@ def test_a_stop_ends_a_stream_that_waits_to_reconnect() -> None:
     assert watched.error is None
 
 
+@pytest.mark.slow
 def test_long_lists_are_subscribed_to_in_chunks() -> None:
     topics = [f"AM.T{number}" for number in range(1200)]
     with Exchange([event("T1199", 0)], speed=0, key=KEY) as exchange, Watched(exchange.url, topics) as watched:
@@ -151,6 +146,7 @@ def test_an_error_after_everything_was_acknowledged_is_only_a_warning() -> None:
 # Missing acknowledgements
 
 
+@pytest.mark.slow
 def test_topics_without_an_answer_are_named_and_the_bars_of_the_others_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, HANDSHAKE_SECONDS=1.5)
     # The exchange is silent about channels it does not have, as the vendor is.
@@ -164,6 +160,7 @@ def test_topics_without_an_answer_are_named_and_the_bars_of_the_others_flow(monk
     assert watched.error is None
 
 
+@pytest.mark.slow
 def test_where_nothing_is_acknowledged_it_connects_again(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, HANDSHAKE_SECONDS=0.5)
 
@@ -236,7 +233,7 @@ def test_a_connection_that_ends_is_reported_with_its_cause_and_made_again_at_onc
     assert (EventKind.WARNED in kinds(watched)) == (len(causes) == 2 and "lost" not in causes[0])
 
 
-def test_a_connection_that_the_server_closed_is_not_left_open_at_this_end() -> None:
+def test_a_connection_closed_by_the_server_is_closed_here_too() -> None:
     left = threading.Event()
     frames = [[status("connected")], [status("auth_success")], subscribed("AM.SPY")]
     gc.disable()  # which would close it some time
@@ -249,7 +246,7 @@ def test_a_connection_that_the_server_closed_is_not_left_open_at_this_end() -> N
         gc.enable()
 
 
-def test_who_is_timed_out_before_logging_in_connects_again() -> None:
+def test_after_an_authentication_timeout_it_connects_again() -> None:
     def script(client: Script) -> None:
         if client.number == 1:
             client.say(status("auth_timeout", "authentication timed out"))
@@ -262,7 +259,7 @@ def test_who_is_timed_out_before_logging_in_connects_again() -> None:
         watched.next(EventKind.SUBSCRIBED)
 
 
-def test_who_is_evicted_stays_away_for_minutes_and_can_still_be_stopped() -> None:
+def test_after_an_eviction_it_waits_for_minutes_and_can_still_be_stopped() -> None:
     with Exchange([], key=KEY) as exchange, Watched(exchange.url) as watched:
         watched.next(EventKind.SUBSCRIBED)
         with log_in(exchange, KEY) as other:
@@ -277,7 +274,8 @@ def test_who_is_evicted_stays_away_for_minutes_and_can_still_be_stopped() -> Non
     assert kinds(watched).count(EventKind.CONNECTED) == 1
 
 
-def test_an_exchange_that_is_not_there_is_tried_again_for_ever_and_found_when_it_is() -> None:
+@pytest.mark.slow
+def test_an_unreachable_exchange_is_retried_until_it_is_reachable() -> None:
     [port] = free_ports(1)
     with Watched(f"ws://127.0.0.1:{port}/stocks", backoff=Backoff(cap_seconds=0.05)) as watched:
         waits = [watched.next(EventKind.DISCONNECTED) for _ in range(8)]
@@ -290,7 +288,8 @@ def test_an_exchange_that_is_not_there_is_tried_again_for_ever_and_found_when_it
     assert KEY not in repr(watched.events)
 
 
-def test_a_server_that_answers_no_ping_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_connection_whose_pings_are_not_answered_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, PING_SECONDS=0.2, SILENCE_SECONDS=1.5)
     frames = [[status("connected")], [status("auth_success")], subscribed("AM.SPY")]
     with deaf(*frames) as url, Watched(url) as watched:
@@ -298,7 +297,8 @@ def test_a_server_that_answers_no_ping_is_left(monkeypatch: pytest.MonkeyPatch) 
         assert "answered no ping" in watched.next(EventKind.DISCONNECTED).detail
 
 
-def test_a_server_that_answers_pings_may_be_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_silent_connection_whose_pings_are_answered_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, PING_SECONDS=0.1, SILENCE_SECONDS=1.5)
 
     def script(client: Script) -> None:
@@ -311,6 +311,7 @@ def test_a_server_that_answers_pings_may_be_silent(monkeypatch: pytest.MonkeyPat
         watched.wait_for_frame(b"CONNECTION-1")
 
 
+@pytest.mark.slow
 def test_no_bars_while_the_market_is_open_ends_a_connection_and_the_next_has_twice_the_time() -> None:
     def script(client: Script) -> None:
         client.begin()
@@ -322,7 +323,9 @@ def test_no_bars_while_the_market_is_open_ends_a_connection_and_the_next_has_twi
     assert int(waited[-1].split()[4]) >= 1, "four times the first one's time, in whole seconds"
 
 
-def test_a_frame_that_is_announced_too_long_ends_the_connection_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frame_whose_announced_length_is_too_large_ends_the_connection_unread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(frame_buffer, "MAX_FRAME_BYTES", 10_000)
 
     def script(client: Script) -> None:
@@ -342,7 +345,7 @@ def test_a_frame_that_is_announced_too_long_ends_the_connection_unread(monkeypat
 # Frames of every shape
 
 
-def test_bare_objects_serve_as_statuses_too() -> None:
+def test_a_status_may_be_a_bare_object() -> None:
     def script(client: Script) -> None:
         client.say_raw(json.dumps(status("connected")))
         assert client.hear() == {"action": "auth", "params": KEY}
@@ -367,17 +370,17 @@ def test_several_topics_may_be_acknowledged_by_one_status() -> None:
         assert watched.next(EventKind.SUBSCRIBED).detail == "2 of 2 topics"
 
 
-def test_rubbish_is_handed_on_as_it_came_and_ends_nothing() -> None:
+def test_undecodable_messages_are_passed_on_verbatim_and_do_not_end_the_connection() -> None:
     texts = ["", "?", "[", "null", '{"ev":"status"}', '[{"ev":"status","status":5}]']
     binaries = [b"\xff\x00", b'["status", \xff]']
     everything: list[str | bytes] = [*texts, *binaries]
 
     def script(client: Script) -> None:
-        for rubbish in everything:
-            client.say_raw(rubbish)
+        for message in everything:
+            client.say_raw(message)
         client.begin()
-        for rubbish in everything:
-            client.say_raw(rubbish)
+        for message in everything:
+            client.say_raw(message)
         client.say({"ev": "AM", "sym": "AFTER"})
         client.wait_until_the_client_goes()
 
@@ -390,7 +393,7 @@ def test_rubbish_is_handed_on_as_it_came_and_ends_nothing() -> None:
     assert kinds(watched) == [EventKind.CONNECTED, EventKind.SUBSCRIBED, EventKind.DISCONNECTED]
 
 
-def test_a_frame_is_kept_verbatim_and_whole_however_it_was_cut() -> None:
+def test_a_fragmented_frame_is_passed_on_verbatim_and_whole() -> None:
     payload = '[{"ev":"AM","sym":"É",  "note":"\\u00e9"}]'
 
     def script(client: Script) -> None:
@@ -403,7 +406,7 @@ def test_a_frame_is_kept_verbatim_and_whole_however_it_was_cut() -> None:
     assert payload.encode() in watched.frames
 
 
-def test_what_a_frame_cannot_be_kept_for_ends_the_stream() -> None:
+def test_an_error_while_keeping_a_frame_ends_the_stream() -> None:
     def fail(_: Sequence[bytes]) -> None:
         raise OSError("the disk is full")
 
@@ -413,7 +416,7 @@ def test_what_a_frame_cannot_be_kept_for_ends_the_stream() -> None:
     assert str(watched.error) == "the disk is full"
 
 
-def test_nesting_too_deep_to_read_ends_nothing() -> None:
+def test_nesting_too_deep_to_decode_does_not_end_the_connection() -> None:
     def script(client: Script) -> None:
         client.begin()
         client.say_raw('[{"ev":"status","x":' + "[" * 5000 + "]" * 5000 + "}]")
@@ -461,7 +464,7 @@ def test_the_first_wait_is_none_and_the_others_double_up_to_the_cap(seed: int, u
         assert ceiling / 2 <= delay <= ceiling
 
 
-def test_two_collectors_do_not_wait_in_step() -> None:
+def test_two_evicted_collectors_wait_for_different_times() -> None:
     delays = {Backoff(random.Random(seed)).next_delay(0, evicted=True) for seed in range(20)}
     assert len(delays) == 20
 
@@ -471,6 +474,7 @@ def test_waits_stay_finite_however_long_an_outage_lasts() -> None:
     assert max(backoff.next_delay(0, evicted=False) for _ in range(5000)) <= 60
 
 
+@pytest.mark.slow
 def test_both_channels_of_a_ticker_are_two_topics() -> None:
     feed = [event("SPY", 0, Channel.SECOND), event("SPY", 0)]
     with Exchange(feed, speed=0, key=KEY) as exchange, Watched(exchange.url, ["AM.SPY", "A.SPY"]) as watched:

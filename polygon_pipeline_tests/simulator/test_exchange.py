@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import pytest
 import websocket
-from massive import RESTClient, WebSocketClient  # type: ignore[import-untyped, unused-ignore]
+from massive import WebSocketClient  # type: ignore[import-untyped, unused-ignore]
 from massive.websocket.models import (  # type: ignore[import-untyped, unused-ignore]
     EquityAgg,
     WebSocketMessage,
@@ -26,7 +20,9 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
-from polygon_pipeline_tests.support.client import DAY, START_MS, collect, connect, event, log_in
+from polygon_pipeline_tests.support.bars import DAY, OPENING
+from polygon_pipeline_tests.support.client import collect, connect, log_in
+from polygon_pipeline_tests.support.feeds import event
 
 
 def success(message: str) -> dict[str, str]:
@@ -70,6 +66,7 @@ def test_an_empty_key_is_refused_even_if_any_key_is_accepted() -> None:
         assert client.ask("auth", "")[0]["status"] == "auth_failed"
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_authenticate_is_timed_out() -> None:
     with Exchange([], auth_timeout=0.05) as exchange, connect(exchange) as client:
         assert client.receive()[0]["status"] == "auth_timeout"
@@ -115,16 +112,18 @@ def test_a_star_subscribes_to_a_whole_channel_and_each_bar_is_sent_once() -> Non
     assert [(bar["ev"], bar["sym"]) for bar in received] == [("AM", "AAPL"), ("AM", "MSFT")]
 
 
+@pytest.mark.slow
 def test_at_unlimited_speed_nothing_is_lost_and_frames_are_filled_up_to_the_limit() -> None:
     feed = [event(f"T{number}", 0) for number in range(20_000)]
     with Exchange(feed, speed=float("inf"), batch_limit=250) as exchange:
         received, sizes = collect(exchange, "AM.*")
-        assert exchange.market_time_ms == START_MS + 60_000
+        assert exchange.market_time_ms == OPENING + 60_000
     assert received == [json.loads(bar.payload) for bar in feed]
     assert exchange.sent == 20_000
     assert max(sizes) == 250
 
 
+@pytest.mark.slow
 def test_at_unlimited_speed_the_feed_waits_while_there_is_no_subscriber() -> None:
     # More than the socket buffers hold, so that part of it is still unsent when the first client disconnects.
     feed = [event("AAPL", minute) for minute in range(60_000)]
@@ -145,6 +144,7 @@ def test_at_unlimited_speed_the_feed_waits_while_there_is_no_subscriber() -> Non
     assert later == [json.loads(bar.payload) for bar in feed[-len(later) :]]
 
 
+@pytest.mark.slow
 def test_market_time_advances_without_subscribers_and_nothing_is_sent_again() -> None:
     feed = [event("AAPL", minute) for minute in range(5)]
     with Exchange(feed, speed=600) as exchange:
@@ -175,6 +175,7 @@ def test_nights_are_skipped() -> None:
     assert len(received) == 3
 
 
+@pytest.mark.slow
 def test_one_more_connection_on_the_same_key_evicts_the_oldest(quiet: Exchange) -> None:
     with log_in(quiet) as old, log_in(quiet, "another key") as other, log_in(quiet) as new:
         assert old.receive()[0]["status"] == "max_connections"
@@ -207,6 +208,7 @@ def test_with_more_connections_allowed_each_receives_everything() -> None:
         assert exchange.sent == 4
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_evicted_and_does_not_delay_the_feed() -> None:
     feed = [event(f"T{number}", 0) for number in range(100_000)]
     with Exchange(feed, speed=1, buffer_limit=2**20) as exchange, log_in(exchange) as client:
@@ -218,6 +220,7 @@ def test_a_client_that_does_not_read_is_evicted_and_does_not_delay_the_feed() ->
                 pass
 
 
+@pytest.mark.slow
 def test_the_exchange_stops_even_if_a_client_does_not_read() -> None:
     feed = [event(f"T{number}", 0) for number in range(100_000)]
     with Exchange(feed, speed=0) as exchange, log_in(exchange) as client:
@@ -292,56 +295,3 @@ def test_the_vendors_official_client_understands_the_exchange() -> None:
             fractional_volume=wire["dv"],
             fractional_accumulated_volume=wire["dav"],
         )
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_prints_its_addresses_and_exits_cleanly(number: signal.Signals, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "polygon_pipeline.simulator",
-        "--day",
-        "2026-01-26",
-        "--tickers",
-        "AAPL,BRK.B",
-        "--flat-files",
-        tmp_path.as_uri(),
-        "--flat-file-days",
-        "2",
-    ]
-    with subprocess.Popen([*command, "--speed", "0", "--key", "k"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        # If the line is never printed, the test's own timeout does not end the child process.
-        guard = threading.Timer(60, process.kill)
-        guard.start()
-        line = process.stdout.readline()
-        assert "SIMULATED" in line
-        variables = dict(re.findall(r"([A-Z_]+)=(\S+)", line))
-        assert variables["POLYGON_API_KEY"] == "k"
-        socket = websocket.create_connection(variables["POLYGON_WEBSOCKET_URL"], timeout=20)
-        assert "simulated" in socket.recv()
-        history = RESTClient("k", base=variables["POLYGON_REST_URL"])
-        assert len(history.get_aggs("AAPL", 1, "minute", "2026-01-23", "2026-01-23")) == 960
-        assert history.get_aggs("AAPL", 1, "minute", "2026-01-26", "2026-01-26") == [], "the day has not started yet"
-        assert variables["POLYGON_FLAT_FILES_URL"] == tmp_path.as_uri()
-        assert [path.name for path in sorted(tmp_path.rglob("*.gz"))] == ["2026-01-23.csv.gz", "2026-01-26.csv.gz"]
-        os.kill(process.pid, number)
-        assert process.wait(30) == 0
-        guard.cancel()
-        socket.close()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--day", "2026-01-25"], "closed on 2026-01-25"),
-        (["--replay", "nowhere.csv"], "no file nowhere.csv"),
-        (["--faults", "explode=1"], "no fault 'explode'"),
-    ],
-)
-def test_the_command_explains_invalid_arguments(arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "polygon_pipeline.simulator", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr

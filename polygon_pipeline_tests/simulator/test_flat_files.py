@@ -13,7 +13,7 @@ from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.simulator.flat_files import flat_file, publish
 from polygon_pipeline.simulator.synthetic import SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
-from polygon_pipeline_tests.support.client import DAY
+from polygon_pipeline_tests.support.bars import DAY
 
 MARKET = SyntheticMarket(WATCH_LIST)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -15,8 +14,8 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.replay import CsvFeed, FramesFeed, replay
 from polygon_pipeline_tests.support.client import collect
+from polygon_pipeline_tests.support.real_bars import RecordedBars
 
-REAL_BARS = Path(__file__).parents[3] / "shared" / "data" / "real-bars" / "minute.csv"
 HEADER = "ticker,start_ms,open,high,low,close,volume"
 
 FIRST = '{"ev":"AM","sym":"GTE","v":4110,"vw":0.4488,"s":1610144640000,"e":1610144700000}'
@@ -35,12 +34,10 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.skipif(not REAL_BARS.exists(), reason="the real bars are not on this machine")
-def test_the_real_bars_are_received_over_the_socket_as_they_are_in_the_file() -> None:
-    with Exchange(CsvFeed(REAL_BARS), speed=0) as exchange:
+def test_recorded_bars_are_received_over_the_socket_as_they_are_in_the_file(recorded_bars: RecordedBars) -> None:
+    with Exchange(CsvFeed(recorded_bars.minute_file), speed=0) as exchange:
         received, _ = collect(exchange, "AM.*")
-    with REAL_BARS.open() as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: int(row["start_ms"]))
+    rows = sorted(recorded_bars.bars(), key=lambda row: int(row["start_ms"]))
     assert len(received) == len(rows) == exchange.sent
     volumes: dict[object, int] = defaultdict(int)
     for event, row in zip(received, rows, strict=True):

@@ -24,7 +24,7 @@ from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.rest_server import HistoryServer, RestFault, RestFaultType, corrected
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
-from polygon_pipeline_tests.support.client import DAY, START_MS, JsonObject
+from polygon_pipeline_tests.support.bars import DAY, OPENING, JsonObject
 
 MARKET = SyntheticMarket(["AAPL", "BRK.B", "KIMpL", "TCEHY"])
 FRIDAY = date(2026, 1, 23)
@@ -125,7 +125,7 @@ def test_the_history_has_the_last_version_of_each_streamed_bar() -> None:
     sort=st.sampled_from(["asc", "desc"]),
 )
 def test_the_pages_of_any_range_together_have_each_bar_exactly_once(bounds: list[int], limit: int, sort: str) -> None:
-    first_ms, last_ms = (START_MS + 60_000 * minute for minute in bounds)
+    first_ms, last_ms = (OPENING + 60_000 * minute for minute in bounds)
     path = f"/v2/aggs/ticker/TCEHY/range/1/minute/{first_ms}/{last_ms}?limit={limit}&sort={sort}"
     with HistoryServer(MARKET.day_bars) as server:
         found = list(pages(server, path))
@@ -182,7 +182,7 @@ def test_a_weekend_has_no_bars() -> None:
 def test_only_bars_that_have_ended_are_served() -> None:
     now = [0]
     with HistoryServer(MARKET.day_bars, clock=lambda: now[0]) as server:
-        for now[0] in (0, START_MS - 10**8, START_MS, START_MS + 59_999, START_MS + 60_000, START_MS + 10**8):
+        for now[0] in (0, OPENING - 10**8, OPENING, OPENING + 59_999, OPENING + 60_000, OPENING + 10**8):
             expected = [bar for bar in true_bars("AAPL", FRIDAY, DAY) if bar["t"] + 60_000 <= now[0]]
             assert listed(server, f"/v2/aggs/ticker/AAPL/range/1/minute/{FRIDAY}/{DAY}") == expected
 
@@ -387,12 +387,12 @@ def test_a_correction_changes_removes_and_adds_only_bars_of_its_day() -> None:
     assert history(DAY).equals(MARKET.day_bars(DAY))
     changes[("KIMpL", first["t"])] = {"close": 1.25, "volume": 7.5}
     changes[("KIMpL", second["t"])] = None
-    changes[("NEW", START_MS)] = added
+    changes[("NEW", OPENING)] = added
     with HistoryServer(history) as server:
         found = listed(server, f"/v2/aggs/ticker/KIMpL/range/1/minute/{DAY}/{DAY}")
         new = listed(server, f"/v2/aggs/ticker/NEW/range/1/minute/{DAY}/{DAY}")
     assert found == [first | {"c": 1.25, "v": 7.5}, *before[2:]]
-    assert [(bar["t"], bar["o"], bar["n"]) for bar in new] == [(START_MS, 1.0, 3)]
+    assert [(bar["t"], bar["o"], bar["n"]) for bar in new] == [(OPENING, 1.0, 3)]
     assert history(FRIDAY).equals(MARKET.day_bars(FRIDAY))
     bars = history(DAY)
     assert bars.schema.equals(MARKET.day_bars(DAY).schema)
@@ -402,4 +402,4 @@ def test_a_correction_changes_removes_and_adds_only_bars_of_its_day() -> None:
 @pytest.mark.parametrize("change", [{"open": 1.0}, {"colour": 1.0}])
 def test_a_correction_with_wrong_columns_is_an_error(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must have exactly the columns"):
-        corrected(MARKET.day_bars, {("NEW", START_MS): change})(DAY)
+        corrected(MARKET.day_bars, {("NEW", OPENING): change})(DAY)

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.simulator.feed import Omitting
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST, first_tickers
-from polygon_pipeline_tests.support.client import DAY, JsonObject
+from polygon_pipeline_tests.support.bars import DAY, JsonObject
 
 EARLY_CLOSE = date(2025, 11, 28)
 TRADING_DAYS = calendar.trading_days(date(2024, 1, 1), date(2026, 1, 31))
@@ -123,6 +122,7 @@ def test_second_bars_resampled_to_minutes_equal_the_minute_bars() -> None:
     np.testing.assert_allclose(resampled, minutes[resampled.columns], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", list(Channel))
 def test_the_last_version_sent_equals_the_days_bars(channel: Channel) -> None:
     some = market(("AAPL", "BRK.B", "KIMpL", "TCEHY"))
@@ -139,6 +139,7 @@ def test_the_last_version_sent_equals_the_days_bars(channel: Channel) -> None:
         assert event["z"] == max(1, int(bar["volume"] / bar["transactions"]))
 
 
+@pytest.mark.slow
 def test_some_bars_are_revised_within_15_minutes_and_events_are_in_the_order_of_sending() -> None:
     events = list(SyntheticFeed(market(("BRK.B", "GME", "UHT")), DAY))
     assert [event.emit_ms for event in events] == sorted(event.emit_ms for event in events)
@@ -164,6 +165,7 @@ def test_with_a_revised_share_of_0_every_bar_is_sent_once() -> None:
     assert len(list(feed)) == some.day_bars(DAY, Channel.MINUTE).num_rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel", list(Channel))
 def test_the_fields_of_the_day_have_the_vendors_meaning(channel: Channel) -> None:
     session = calendar.session(DAY)
@@ -212,19 +214,3 @@ def test_the_fields_have_the_order_and_types_of_a_real_frame() -> None:
     assert isinstance(bar["av"], int)
     assert isinstance(bar["dv"], str)
     assert "." in bar["dav"]
-
-
-def test_first_tickers_are_all_different() -> None:
-    tickers = first_tickers(11_000)
-    assert len(set(tickers)) == 11_000
-    assert tickers[: len(WATCH_LIST)] == list(WATCH_LIST)
-
-
-def test_an_omitting_feed_leaves_out_all_versions_of_the_chosen_bars_and_sends_all_others() -> None:
-    whole = list(SyntheticFeed(market(("KIMpL", "UHT")), DAY, [Channel.MINUTE], revised_share=0.5))
-    lost = {(event.ticker, event.start_ms) for event in whole[100:110]}
-    feed = Omitting(whole, lambda event: (event.ticker, event.start_ms) in lost)
-    left = [event for event in whole if (event.ticker, json.loads(event.payload)["s"]) not in lost]
-    assert list(feed) == left
-    assert list(feed) == left, "it can be iterated more than once"
-    assert len(left) < len(whole) - len(lost), "the chosen bars include revised ones"

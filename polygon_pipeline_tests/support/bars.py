@@ -1,27 +1,24 @@
-"""What the tests say bars with: the vendor's events, the lake's lines, and a day from raw to normalized."""
+"""What the tests make bars with: one function for each form that a bar has on its way.
+
+Belongs here: single bars, and the lines and objects that hold them. Does not belong here: whole files of them
+(day_files), events as a feed has them (feeds), and strategies (events).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from polygon_pipeline.datasets import catalog
-from polygon_pipeline.datasets.catalog import Dataset
-from polygon_pipeline.datasets.inputs import arrival
-from polygon_pipeline.datasets.normalize import Normalization
 from polygon_pipeline.lake import archive
-from polygon_pipeline.lake.records import decode_record
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.market.calendar import NEW_YORK
+from polygon_pipeline.market.calendar import NEW_YORK, session
 
 DAY = date(2026, 1, 26)  # a Monday in winter: 18:30 UTC is 13:30 in New York
+HALF_DAY = date(2026, 11, 27)
 ARRIVAL = datetime(2026, 1, 26, 18, 31, 0, 123456, tzinfo=UTC)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -40,7 +37,19 @@ def at(hour: int, minute: int, day: date = DAY) -> int:
     return int(datetime(day.year, day.month, day.day, hour, minute, tzinfo=NEW_YORK).timestamp()) * 1000
 
 
+OPENING = at(9, 30)
 NOON = at(12, 0)
+
+
+def moment(start_ms: int) -> datetime:
+    return datetime.fromtimestamp(start_ms / 1000, UTC)
+
+
+def later(seconds: float) -> datetime:
+    return ARRIVAL + timedelta(seconds=seconds)
+
+
+# As the stream sends it
 
 
 def aggregate(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -> JsonObject:
@@ -65,8 +74,13 @@ def aggregate(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -> Js
     return {name: value for name, value in event.items() if value is not None}
 
 
-def later(seconds: float) -> datetime:
-    return ARRIVAL + timedelta(seconds=seconds)
+def plain_bar(
+    ticker: str, start_ms: int, price: int, channel: Channel = Channel.MINUTE, **fields: object
+) -> JsonObject:
+    """An acceptable event without the fields that may be absent. Its one price tells it from other revisions."""
+    absent = dict.fromkeys(("av", "op", "a", "z"))
+    prices = dict.fromkeys(("o", "h", "l", "c"), price)
+    return aggregate(ticker, start_ms, ev=channel.value, v=7, vw=1.5, **prices, **absent, **fields)
 
 
 def line(received_at: datetime, events: object, refused: Sequence[int] = ()) -> bytes:
@@ -81,7 +95,7 @@ def record_line(
     record = {
         "source": "polygon_websocket",
         "ticker": ticker,
-        "timestamp": datetime.fromtimestamp(start_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "timestamp": moment(start_ms).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "bar_data": {
             "open": 1.0,
             "high": 999.0,
@@ -96,50 +110,20 @@ def record_line(
     return json.dumps(record).encode() + b"\n"
 
 
-def normalize(
-    folder: Path,
-    files: Iterable[Iterable[bytes]],
-    records: bytes = b"",
-    day: date = DAY,
-    channel: Channel = Channel.MINUTE,
-) -> list[Row]:
-    """The normalized rows of these archive files and records."""
-    return read(normalized_file(folder, files, records, day, channel))
+# As the vendor's history has it
 
 
-def normalized_file(
-    folder: Path,
-    files: Iterable[Iterable[bytes]],
-    records: bytes = b"",
-    day: date = DAY,
-    channel: Channel = Channel.MINUTE,
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, lines in enumerate(files):
-        paths.append(folder / f"{number}.jsonl.zst")
-        paths[-1].write_bytes(archive.compress(lines))
-    target = folder / "normalized.parquet"
-    with Normalization(day, channel, folder) as normalization:
-        normalization.add_frames(paths)
-        if records:
-            decoded = [decode_record(record) for record in records.splitlines()]
-            normalization.add_bars((arrival(r), datetime.fromisoformat(r.collected_at)) for r in decoded)
-        normalization.write(target)
-        assert normalization.unreadable == {}
-    return target
+def rest_bar(start_ms: int = NOON, **fields: object) -> JsonObject:
+    """A bar in an answer of REST, which says of the bar what aggregate() does. fields: as there."""
+    bar = {"v": 1000, "vw": 450.3, "o": 450.25, "c": 450.5, "h": 450.75, "l": 450.2, "t": start_ms, "n": 7, **fields}
+    return {name: value for name, value in bar.items() if value is not None}
 
 
-def read(file: Path) -> list[Row]:
-    rows: list[Row] = pq.read_table(file).to_pylist()
-    return rows
-
-
-def history(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -> Row:
+def reference_row(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -> Row:
     """A row of reference_bars that says of a bar what aggregate() does. fields: what differs."""
     return {
         "ticker": ticker,
-        "timestamp": datetime.fromtimestamp(start_ms / 1000, UTC),
+        "timestamp": moment(start_ms),
         "open": 450.25,
         "high": 450.75,
         "low": 450.2,
@@ -153,35 +137,25 @@ def history(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -> Row:
     }
 
 
-def reference_file(
-    file: Path,
-    rows: Iterable[Row],
-    tickers: Sequence[str] | None = None,
-    until_ms: int = at(23, 59),
-    etag: str | None = None,
-) -> Path:
-    """A reference_bars file as the lake has it."""
-    ordered = sorted(rows, key=lambda row: (row["ticker"], row["timestamp"]))
-    info = {
-        "source": "flat_file" if tickers is None else "rest",
-        "tickers": tickers and list(tickers),
-        "until_ms": until_ms,
-        "etag": etag,
+# As a dataset has it
+
+
+def normalized_row(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -> Row:
+    """A row of normalized_bars, in the right part of the day. fields: what differs, and columns it leaves out."""
+    start = moment(start_ms)
+    found = session(start.astimezone(NEW_YORK).date())
+    assert found
+    return {
+        "ticker": ticker,
+        "timestamp": start,
+        "open": 10.0,
+        "high": 12.0,
+        "low": 9.0,
+        "close": 11.0,
+        "volume": 100.0,
+        "vwap": 10.5,
+        "session": "pre" if start < found.open else "regular" if start < found.close else "post",
+        "revisions": 1,
+        "source": "websocket",
+        **fields,
     }
-    table = pa.Table.from_pylist(ordered, schema=catalog.REFERENCE_BARS.schema())
-    pq.write_table(table.replace_schema_metadata({"reference": json.dumps(info)}), file)
-    return file
-
-
-def moment(start_ms: int) -> datetime:
-    return datetime.fromtimestamp(start_ms / 1000, UTC)
-
-
-def columns(file: Path) -> list[tuple[str, pa.DataType]]:
-    """The names and types of a file's columns."""
-    return [(field.name, field.type) for field in pq.read_schema(file)]
-
-
-def schema(dataset: Dataset) -> list[tuple[str, pa.DataType]]:
-    """The names and types that the catalog says."""
-    return [(field.name, field.type) for field in dataset.schema()]

@@ -5,19 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from datetime import date
-from typing import Any
 
 import websocket
 
-from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
-from polygon_pipeline.simulator.feed import Aggregate, Event, encode
-
-DAY = date(2026, 1, 26)
-START_MS = 1769437800000  # 09:30 New York on that day
-
-JsonObject = dict[str, Any]
+from polygon_pipeline_tests.support.bars import JsonObject
 
 
 class Client:
@@ -80,11 +72,3 @@ def collect(exchange: Exchange, topics: str) -> tuple[list[JsonObject], list[int
             received += events
             sizes.append(len(events))
         return received, sizes
-
-
-def event(ticker: str, minute: int, channel: Channel = Channel.MINUTE) -> Event:
-    """A bar of the day's regular hours, sent as it ends."""
-    start_ms = START_MS + 60_000 * minute
-    end_ms = start_ms + (60_000 if channel is Channel.MINUTE else 1000)
-    aggregate = Aggregate(channel.value, ticker, 9, 9, 5.0, 5.5, 5.0, 6.0, 6.5, 4.5, 5.5, 3, start_ms, end_ms)
-    return Event(end_ms, channel, ticker, encode([aggregate])[0])

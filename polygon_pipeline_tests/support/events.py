@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Any
 
 from hypothesis import strategies as st
 
-RECEIVED_AT = datetime(2026, 1, 26, 18, 31, 1, tzinfo=UTC)
-START_MS = 1769452200000  # 2026-01-26T18:30:00Z
+from polygon_pipeline_tests.support.bars import JsonObject, at
 
-JsonObject = dict[str, Any]
+RECEIVED_AT = datetime(2026, 1, 26, 18, 31, 1, tzinfo=UTC)
+START_MS = at(13, 30)  # 18:30 in UTC
 
 prices = st.floats(0.0001, 1e7)
 volumes = st.integers(0, 10**10) | st.floats(0, 1e10)

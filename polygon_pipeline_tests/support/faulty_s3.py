@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that does what networks and S3 do on bad days, on request.
+"""A proxy in front of an S3 server that has the faults of networks and of S3, on request.
 
 Belongs here: faults in transit, seeded or scripted. Does not belong here: the server itself (s3_server), and what an
 outage of it does: that is done by stopping it.
@@ -20,6 +20,9 @@ from enum import StrEnum
 from types import TracebackType
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
+
+from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 _BROKEN = (OSError, asyncio.IncompleteReadError)
 _LONGEST_DELAY = 0.3
@@ -167,6 +170,12 @@ class FaultyS3:
                 self.counts[fault] += 1
                 return fault
         return None
+
+
+def lake_behind(proxy: FaultyS3, server: SeaweedFS) -> Lake:
+    """A lake in a bucket of its own that is reached through the proxy."""
+    session = server.address.session()
+    return open_lake(f"s3://{server.new_bucket()}/lake", lambda: S3Access(session, proxy.endpoint_url))
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -1,7 +1,7 @@
-"""A real S3 server for the tests: SeaweedFS, which comes with a package, on loopback.
+"""S3 servers for the tests, on loopback: SeaweedFS, which is a real one, and moto, which knows AWS's refusals.
 
-Belongs here: starting and ending it, and reaching it. It can be stopped and started again on the same ports and data,
-for tests of what an outage does. Does not belong here: fixtures (conftest).
+Belongs here: starting, ending and reaching them. SeaweedFS can be stopped and started again on the same ports and data,
+for tests of what an outage does. Does not belong here: fixtures (conftest), and faults in transit (faulty_s3).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import boto3
 from botocore.config import Config
@@ -29,6 +30,30 @@ _READY_SECONDS = 60.0
 _REGION = "us-east-1"
 # weed's servers, each with a port and one for gRPC.
 _PORTS = [f"{server}.port{kind}" for server in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
+
+
+class S3Address(NamedTuple):
+    """What another process needs to reach a server."""
+
+    endpoint_url: str
+    access_key: str
+    secret_key: str
+
+    def session(self) -> boto3.Session:
+        return boto3.Session(self.access_key, self.secret_key, region_name=_REGION)
+
+    def access(self) -> S3Access:
+        """How a lake reaches the server."""
+        return S3Access(self.session(), self.endpoint_url)
+
+    def environment(self) -> dict[str, str]:
+        """The variables with which a process's lake reaches the server."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": _REGION,
+        }
 
 
 class SeaweedFS:
@@ -53,6 +78,10 @@ class SeaweedFS:
     @property
     def endpoint_url(self) -> str:
         return f"http://127.0.0.1:{self._ports['s3.port']}"
+
+    @property
+    def address(self) -> S3Address:
+        return S3Address(self.endpoint_url, self.access_key, self.secret_key)
 
     @property
     def running(self) -> bool:
@@ -93,7 +122,7 @@ class SeaweedFS:
 
     def client(self) -> Any:
         """A client of another make than the lake's, to look at the lake from outside. It does not try again."""
-        return self._session().client(
+        return self.address.session().client(
             "s3",
             endpoint_url=self.endpoint_url,
             config=Config(retries={"max_attempts": 0}, connect_timeout=5, read_timeout=30),
@@ -101,14 +130,11 @@ class SeaweedFS:
 
     def access(self) -> S3Access:
         """How a lake reaches this server."""
-        return S3Access(self._session(), self.endpoint_url)
+        return self.address.access()
 
     def lake(self, prefix: str = "a/lake") -> Lake:
         """A lake in a bucket of its own."""
         return open_lake(f"s3://{self.new_bucket()}/{prefix}", self.access)
-
-    def _session(self) -> boto3.Session:
-        return boto3.Session(self.access_key, self.secret_key, region_name=_REGION)
 
     def _command(self) -> list[str]:
         weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
@@ -142,6 +168,20 @@ class SeaweedFS:
                     log = (self._folder / "log").read_text(errors="replace")[-2000:]
                     raise RuntimeError(f"the S3 server does not serve ({error}). Its log ends with:\n{log}") from error
             time.sleep(0.1)
+
+
+@contextmanager
+def strict_s3() -> Iterator[str]:
+    """A server that makes no bucket by itself, as AWS does not; yields its URL. Any key is good."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
 
 
 def free_ports(count: int) -> list[int]:

@@ -29,7 +29,7 @@ KEY = "a-very-secret-key"
 class Watched:
     """A stream on a thread of its own, with everything it said. A context manager; the end stops it.
 
-    server: a URL, or a scripted server, which then takes its leave so that the stream need not wait for a timeout.
+    server: a URL, or a scripted server, which then ends too, so that the stream need not wait for a timeout.
     """
 
     def __init__(

@@ -1,0 +1,81 @@
+"""A whole run of the collector against an exchange without faults. With faults: test_chaos and test_storage_faults."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from polygon_pipeline.collector.collector import Collector, Progress
+from polygon_pipeline.collector.journal import leftovers
+from polygon_pipeline.collector.lease import read_lease
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.simulator.exchange import Exchange
+from polygon_pipeline_tests.support.archives import archived_lines
+from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar
+from polygon_pipeline_tests.support.collecting import plan
+from polygon_pipeline_tests.support.feeds import event
+from polygon_pipeline_tests.support.journals import finished_journal, frame_of, publish_leftovers, read_ledger
+from polygon_pipeline_tests.support.lakes import local_lake
+
+_LOG = logging.getLogger("test")
+
+
+@pytest.mark.slow
+def test_a_run_publishes_all_it_received_and_then_leaves_no_journal_and_no_lease(
+    tmp_path: Path, file_lake: Lake
+) -> None:
+    feed = [event(ticker, minute) for minute in range(3) for ticker in ("SPY", "BRK.B")]
+    progress: list[Progress] = []
+    with Exchange(feed, speed=0) as exchange:
+
+        def ending() -> str | None:
+            received = progress and progress[-1].account.bars == len(feed)
+            return "all of it is there" if received else None
+
+        wanted = plan(exchange.url, tmp_path / "journal", checkpoint_seconds=0.2)
+        assert Collector(file_lake, wanted, _LOG).run(ending, progress.append) == "all of it is there"
+    archived = [bar for line in archived_lines(file_lake, DAY) if line.is_frame for bar in json.loads(line.content)]
+    sent = [json.loads(bar.payload) for bar in feed]
+    assert [bar for bar in archived if bar["ev"] == "AM"] == sent
+    assert file_lake.keys("raw-data") == sorted(
+        layout.raw_key(Channel.MINUTE, DAY, bar["sym"], bar["s"]) for bar in sent
+    )
+    ledger = read_ledger(file_lake)
+    assert (ledger.complete, ledger.imbalance, ledger.gaps) == (True, [], [])
+    assert ledger.account.bars == len(feed)
+    assert (progress[-1].backlog_bytes, progress[-1].store_fault) == (0, None)
+    assert list((tmp_path / "journal").iterdir()) == []
+    lease = read_lease(file_lake)
+    assert lease
+    assert lease.released
+
+
+@pytest.mark.parametrize("other", ["lake", "feed"])
+def test_a_leftover_of_another_lake_or_feed_is_left_alone_and_logged(
+    other: str, tmp_path: Path, file_lake: Lake, caplog: pytest.LogCaptureFixture
+) -> None:
+    another = local_lake(tmp_path / "another")
+    root, frame = tmp_path / "journal", frame_of(plain_bar("SPY", NOON, 1))
+    if other == "lake":
+        finished_journal(root, another, [frame])
+    else:
+        finished_journal(root, file_lake, [frame], feed="simulated")
+    finished_journal(root, file_lake, [frame], "run-002")
+    with Exchange([], speed=0) as exchange:
+        collector = Collector(file_lake, plan(exchange.url, root, run="run-003"), _LOG)
+        assert collector.run(lambda: "enough", lambda _: None) == "enough"
+    assert [path.name for path in root.iterdir()] == ["run-001"]
+    assert "belongs to the" in caplog.text
+    (left,) = leftovers(root)  # it is not locked any more
+    left.release()
+    assert file_lake.get(layout.ledger_key(DAY, "run-001")) is None
+    assert read_ledger(file_lake, "run-002").complete
+    assert another.keys("") == []
+    if other == "lake":
+        publish_leftovers(another, root)
+        assert [line.content for line in archived_lines(another, DAY)] == [frame]

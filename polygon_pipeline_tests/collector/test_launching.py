@@ -1,0 +1,163 @@
+"""Which runs count as lost, and when a collector is started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polygon_pipeline.collector import launching
+from polygon_pipeline.collector.launching import (
+    Outcome,
+    PastRun,
+    Start,
+    Wait,
+    decide_live,
+    quiet_limit,
+    session_end,
+    why_lost,
+)
+from polygon_pipeline.collector.lease import CLOCK_TOLERANCE, TTL, this_machine
+from polygon_pipeline.market.calendar import completed_sessions, session
+from polygon_pipeline_tests.support.bars import DAY, HALF_DAY
+from polygon_pipeline_tests.support.leases import holding
+from polygon_pipeline_tests.support.past_runs import past_runs
+
+_SECOND = timedelta(seconds=1)
+
+# Which runs are lost
+
+_NOW = datetime(2026, 1, 26, 15, tzinfo=UTC)
+_seconds = st.integers(-600, 600).map(lambda seconds: timedelta(seconds=seconds))
+_MINUTES = timedelta(minutes=3)
+
+
+@given(started=_seconds, expires=_seconds, released=st.booleans(), mine=st.booleans())
+def test_a_run_is_lost_when_its_lease_ran_out_or_it_has_been_without_one_for_minutes(
+    started: timedelta, expires: timedelta, released: bool, mine: bool
+) -> None:
+    renewed_at, expires_at = _NOW + expires - TTL, _NOW + expires
+    held = holding("run", owner="me" if mine else "another", expires_in=expires, released=released, now=_NOW)
+    cause = why_lost(_NOW, "me", _NOW + started, held)
+    if mine and not released:
+        assert (cause is not None) == (expires_at + CLOCK_TOLERANCE < _NOW)
+    elif mine:
+        assert (cause is not None) == (renewed_at + _MINUTES < _NOW)
+    else:
+        assert (cause is not None) == (_NOW + started + _MINUTES < _NOW)
+        assert cause == why_lost(_NOW, "me", _NOW + started, None)
+
+
+def test_a_run_whose_process_is_gone_from_this_machine_is_lost_at_once() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    now = datetime.now(UTC)
+    held = holding("run-1", machine=this_machine(), pid=gone.pid)
+    assert "is free" in (why_lost(now, "owner of run-1", now, held) or "")
+    alive = holding("run-1", machine=this_machine(), pid=os.getpid())
+    assert why_lost(now, "owner of run-1", now - timedelta(days=1), alive) is None
+
+
+def test_a_run_whose_process_is_alive_here_is_not_lost_although_the_lake_was_down_for_minutes() -> None:
+    held = holding("run-1", machine=this_machine(), pid=os.getpid(), expires_in=-timedelta(minutes=5))
+    now = datetime.now(UTC)
+    assert why_lost(now, "owner of run-1", now - timedelta(hours=1), held) is None
+
+
+# When a collector is started
+
+_SESSION = session(DAY)
+assert _SESSION
+_OPEN = _SESSION.pre_open
+_moments = st.integers(0, 11 * 86_400).map(
+    lambda seconds: datetime(2026, 1, 23, tzinfo=UTC) + timedelta(seconds=seconds)
+)
+_during = st.integers(0, 16 * 3600 + 1199).map(lambda seconds: _OPEN + timedelta(seconds=seconds))
+_DAYS = [DAY, DAY - timedelta(days=3), DAY + timedelta(days=1)]
+
+
+@given(data=st.data(), now=_moments, loaded_at=_moments)
+def test_nothing_is_ever_started_beside_an_active_run(data: st.DataObject, now: datetime, loaded_at: datetime) -> None:
+    runs = data.draw(past_runs(now, [*_DAYS, *completed_sessions(now, 2)], active=True))
+    assert isinstance(decide_live(now, loaded_at, runs), Wait)
+
+
+@given(data=st.data(), now=_moments, loaded_at=_moments)
+def test_while_the_market_is_closed_nothing_starts_and_the_reason_names_the_next_start(
+    data: st.DataObject, now: datetime, loaded_at: datetime
+) -> None:
+    runs = data.draw(past_runs(now, _DAYS, active=False))
+    decision = decide_live(now, loaded_at, runs)
+    today = session((now - launching.REVISIONS - timedelta(hours=5)).date())
+    is_open = today is not None and today.pre_open <= now < today.post_close + launching.REVISIONS
+    assert isinstance(decision, Start) <= is_open
+    assert (isinstance(decision, Wait) and "the market is closed; collecting starts" in decision.reason) != is_open
+
+
+@given(data=st.data(), now=_during, age=st.integers(-3600, 3600))
+def test_the_sessions_last_run_decides_and_every_attempt_has_its_own_number(
+    data: st.DataObject, now: datetime, age: int
+) -> None:
+    loaded_at = now - timedelta(seconds=age)
+    runs = data.draw(past_runs(now, _DAYS, active=False))
+    decision = decide_live(now, loaded_at, runs)
+    mine = [run for run in runs if run.session_date == DAY]
+    if isinstance(decision, Start):
+        assert decision == Start(DAY, len(mine) + 1)
+    if not mine:
+        assert isinstance(decision, Start)
+        return
+    last = mine[0]
+    assert last.ended_at
+    match last.outcome:
+        case Outcome.SUCCEEDED | Outcome.STOPPED:
+            assert isinstance(decision, Wait)
+        case Outcome.INTERRUPTED:
+            assert isinstance(decision, Start)
+        case Outcome.FAILED_FOR_GOOD:
+            assert isinstance(decision, Wait) == (last.ended_at > loaded_at)
+        case _:
+            if now >= last.ended_at + timedelta(minutes=10) or [run.outcome for run in mine[1:2]] != [Outcome.FAILED]:
+                assert isinstance(decision, Start)
+
+
+@given(outcomes=st.lists(st.sampled_from([Outcome.FAILED, Outcome.INTERRUPTED]), min_size=1, max_size=25))
+def test_a_run_that_keeps_failing_is_started_again_with_increasing_numbers_and_pauses(outcomes: list[Outcome]) -> None:
+    now, runs, pauses = _OPEN, list[PastRun](), []
+    for attempt, outcome in enumerate(outcomes, start=1):
+        asked = now
+        while isinstance(decision := decide_live(now, _OPEN, runs), Wait):
+            assert "the next is due" in decision.reason
+            now += _SECOND * 5
+        pauses.append(now - asked)
+        assert decision == Start(DAY, attempt)
+        now += _SECOND
+        runs.insert(0, PastRun(DAY, outcome, now))
+    assert all(pause <= timedelta(minutes=10, seconds=5) for pause in pauses)
+    failures = 0
+    for outcome, pause in zip(outcomes, pauses[1:], strict=False):
+        failures = failures + 1 if outcome is Outcome.FAILED else 0
+        expected = min(30 * 2 ** (failures - 2), 600) if failures > 1 else 0
+        assert expected <= pause.total_seconds() <= expected + 5
+
+
+# How long a run lasts
+
+
+def test_a_session_ends_with_its_last_revisions() -> None:
+    assert session_end(DAY) == datetime(2026, 1, 27, 1, 20, tzinfo=UTC)
+    assert session_end(HALF_DAY) == datetime(2026, 11, 27, 22, 20, tzinfo=UTC)
+    with pytest.raises(ValueError, match="2026-01-25 is not a trading day"):
+        session_end(date(2026, 1, 25))
+
+
+@pytest.mark.parametrize(
+    ("utc", "seconds"), [("14:29", None), ("14:32", None), ("14:33", 180.0), ("20:59", 180.0), ("21:00", None)]
+)
+def test_minutes_without_a_bar_are_suspicious_in_regular_hours_only(utc: str, seconds: float | None) -> None:
+    assert quiet_limit(datetime.fromisoformat(f"{DAY}T{utc}:00+00:00")) == seconds

@@ -1,0 +1,141 @@
+"""The publisher alone: journals become archives, objects, a quarantine and a ledger, also at the second attempt."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from obstore.exceptions import GenericError
+
+from polygon_pipeline.collector.journal import leftovers
+from polygon_pipeline.collector.publisher import Publisher
+from polygon_pipeline.lake.store import STORE_ERRORS, Lake
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline_tests.support.archives import archived_lines, quarantined_entries
+from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar
+from polygon_pipeline_tests.support.journals import (
+    finished_journal,
+    frame_of,
+    publish,
+    publish_leftovers,
+    read_ledger,
+)
+from polygon_pipeline_tests.support.lakes import local_lake
+from polygon_pipeline_tests.support.traps import Killed, Trap, armed
+
+
+@pytest.mark.parametrize("order", [("run-001", "run-002"), ("run-002", "run-001")])
+def test_the_most_recently_received_revision_wins_whichever_journal_is_published_first(
+    order: tuple[str, str], tmp_path: Path, lake: Lake
+) -> None:
+    """As when a laptop comes back after a week in which another machine has collected, with newer bars."""
+    frames = {"run-001": frame_of(plain_bar("SPY", NOON, 1)), "run-002": frame_of(plain_bar("SPY", NOON, 2))}
+    for run, frame in frames.items():
+        finished_journal(tmp_path / run, lake, [frame], run)
+    for run in (*order, *order):
+        publish_leftovers(lake, tmp_path / run)
+    (key,) = lake.keys("raw-data")
+    assert json.loads(lake.get(key) or b"")["bar_data"]["close"] == 2
+    counts = [read_ledger(lake, run).account.days[DAY][Channel.MINUTE] for run in order]
+    assert [(count.objects, count.revisions) for count in counts] == [(1, 0), (0, 1)]
+
+
+def test_a_bar_with_the_longest_accepted_ticker_can_be_stored_in_a_file_lake(tmp_path: Path, file_lake: Lake) -> None:
+    root = tmp_path / "journal"
+    finished_journal(root, file_lake, [frame_of(plain_bar("\N{CHART WITH UPWARDS TREND}" * 64, NOON, 1))])
+    publish_leftovers(file_lake, root)
+    assert read_ledger(file_lake).account.events == 1
+
+
+def test_a_torn_end_is_quarantined_once_however_often_archiving_is_retried(tmp_path: Path, file_lake: Lake) -> None:
+    root = tmp_path / "journal"
+    path = finished_journal(root, file_lake, [frame_of(plain_bar("SPY", NOON, 1))]) / "000001.segment"
+    path.write_bytes(path.read_bytes() + b"torn")
+    (journal,) = leftovers(root)
+    publisher = Publisher(file_lake, journal, journal.header)
+    publisher.step()
+    publisher.step()
+    with armed(Trap("store", "before", 0), tmp_path), pytest.raises(GenericError):
+        publisher.step()
+    publish(publisher)
+    assert len(list(quarantined_entries(file_lake, DAY))) == 1
+
+
+def test_a_batch_whose_state_cannot_be_saved_is_published_again_and_counted_once(
+    tmp_path: Path, file_lake: Lake
+) -> None:
+    root = tmp_path / "journal"
+    frame = frame_of(plain_bar("SPY", NOON, 1))
+    finished_journal(root, file_lake, [frame])
+    (journal,) = leftovers(root)
+    publisher = Publisher(file_lake, journal, journal.header)
+    in_the_way = journal.folder / "state.new"  # as a full disk would be: the state cannot be written
+    in_the_way.mkdir()
+    with pytest.raises(STORE_ERRORS):  # which a collector tries again
+        publisher.step()
+    in_the_way.rmdir()
+    publish(publisher)
+    publisher.put_ledger(complete=True)
+    assert [line.content for line in archived_lines(file_lake, DAY)] == [frame]
+    count = read_ledger(file_lake).account.days[DAY][Channel.MINUTE]
+    assert (count.bars, count.objects, count.revisions) == (1, 1, 0)
+
+
+# Recovery
+
+
+@pytest.mark.slow
+@given(at=st.integers(0, 999), flip=st.integers(1, 255), steps=st.integers(0, 4))
+@settings(max_examples=40, deadline=None)
+def test_a_segment_damaged_before_or_during_its_recovery_never_stops_the_recovery(
+    at: int, flip: int, steps: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lake, root = local_lake(Path(folder) / "lake"), Path(folder) / "journal"
+        frames = [frame_of(plain_bar("SPY", NOON, price)) for price in range(1, 6)]
+        path = finished_journal(root, lake, frames) / "000001.segment"
+        (journal,) = leftovers(root)
+        publisher = Publisher(lake, journal, journal.header, batch_bytes=150)
+        for _ in range(steps):
+            publisher.step()
+        journal.release()
+        content = bytearray(path.read_bytes())
+        at %= len(content)
+        content[at] ^= flip
+        path.write_bytes(content)
+        publish_leftovers(lake, root)
+        assert leftovers(root) == []
+        kept = [line.content for line in archived_lines(lake, DAY)]
+        assert kept == frames[: at * len(frames) // len(content)]
+        assert read_ledger(lake).account.torn_bytes == len(content) - len(kept) * len(content) // len(frames)
+
+
+def test_a_kill_at_any_moment_of_removing_a_published_journal_changes_no_ledger_and_leaves_no_files(
+    tmp_path: Path, file_lake: Lake
+) -> None:
+    root = tmp_path / "journal"
+    moments, trap = 0, Trap("file", "kill before", 0)
+    while not moments or trap.struck:
+        run = f"run-{moments:03d}"
+        trap = Trap("file", "kill before", moments)
+        finished_journal(root, file_lake, [frame_of(plain_bar("SPY", NOON, 1))], run)
+        (journal,) = leftovers(root)
+        publisher = Publisher(file_lake, journal, journal.header)
+        publish(publisher)
+        publisher.put_ledger(complete=True)
+        before = read_ledger(file_lake, run)
+        assert before.account.bars == 1
+        try:
+            with armed(trap, root):
+                journal.discard()
+        except Killed:
+            journal.release()
+        publish_leftovers(file_lake, root)
+        assert read_ledger(file_lake, run) == before
+        assert list(root.iterdir()) == []
+        moments += 1
+    assert moments > 3

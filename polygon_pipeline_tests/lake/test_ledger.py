@@ -1,0 +1,225 @@
+"""Ledgers: what a gap may have cost, whether accounts balance with the lake, and what follows from those of a day."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta
+
+import msgspec
+import pytest
+
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.ledger import (
+    Account,
+    Connection,
+    Gap,
+    Ledger,
+    connected_minutes,
+    decode_ledger,
+    encode_ledger,
+    objects_counted,
+    read_ledgers,
+    reconcile,
+    repairable_gaps,
+    subscribed_tickers,
+)
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline_tests.support.bars import DAY
+from polygon_pipeline_tests.support.lakes import put_raw_bars
+from polygon_pipeline_tests.support.ledgers import account_of, ledger_of
+
+SETTLED = timedelta(minutes=16)
+
+
+def at(clock: str) -> datetime:
+    """That time of the day in UTC, as HH:MM or HH:MM:SS."""
+    return datetime.fromisoformat(f"{DAY}T{clock}").replace(tzinfo=UTC)
+
+
+def connected(*connections: tuple[str, str | None], last: str | None = None) -> Ledger:
+    account = Account(
+        connections=[Connection(at(since), at(until) if until else None) for since, until in connections],
+        last_received_at=at(last) if last else None,
+        ended_by="the session is over",
+    )
+    return ledger_of(account)
+
+
+# Gaps
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "first", "last"),
+    [
+        ("10:00:30", "10:00:31", None, None),
+        ("10:00:30", "10:03:01", "10:00:00", "10:02:00"),
+        ("10:00:03", "10:00:06", "09:59:00", "09:59:00"),
+        ("09:59:59", "10:00:01", "09:59:00", "09:59:00"),
+    ],
+)
+def test_a_gap_names_the_minutes_whose_bars_were_due_in_it(
+    start: str, end: str, first: str | None, last: str | None
+) -> None:
+    before = Connection(at("09:00:00"), at(start), "the connection was lost")
+    (gap,) = Account(connections=[before, Connection(at(end))]).gaps("processing")
+    assert (gap.start, gap.end, gap.cause) == (at(start), at(end), "the connection was lost")
+    assert gap.first_minute == (first and at(first))
+    assert gap.last_minute == (last and at(last))
+
+
+def _with_gaps(feed: str, *gaps: tuple[str, str | None]) -> Ledger:
+    """As an earlier version wrote it, without a time base."""
+    made = [
+        Gap(at(first), None if last is None else at(last), "lost", at(first), None if last is None else at(last))
+        for first, last in gaps
+    ]
+    content = msgspec.json.encode(
+        {
+            "run": "r", "feed": feed, "session_date": DAY, "started_at": at("09:00"), "complete": False,
+            "write_objects": False, "write_frames": True, "imbalance": [], "account": {}, "gaps": made,
+        }
+    )  # fmt: skip
+    return decode_ledger(content)
+
+
+@pytest.mark.parametrize(
+    ("now", "known", "due"),
+    [
+        ("15:16", None, 0),  # its last revisions may still come
+        ("15:17", None, 1),
+        ("15:17", "15:00", 1),  # the history was asked before the gap's last minute had settled
+        ("15:17", "15:01", 0),
+    ],
+)
+def test_a_gap_is_repaired_once_its_last_minute_has_settled(now: str, known: str | None, due: int) -> None:
+    ledgers = [_with_gaps("polygon", ("14:50", "15:00"), ("15:40", None))]
+    known_ms = 0 if known is None else int(at(known).timestamp() * 1000)
+    assert len(repairable_gaps(ledgers, known_ms, SETTLED, at(now))) == due
+
+
+def test_a_gap_of_a_simulated_past_day_is_repaired_once_the_days_own_clock_has_passed_it() -> None:
+    ledger = _with_gaps("simulated", ("14:50", "15:00"))
+    later = at("12:00") + timedelta(days=35)
+    ledger.account.connections = [Connection(later, last_bar_ms=int(at("15:15").timestamp() * 1000))]
+    assert repairable_gaps([ledger], 0, SETTLED, later) == []
+    ledger.account.connections[0].last_bar_ms = int(at("15:16").timestamp() * 1000)
+    assert len(repairable_gaps([ledger], 0, SETTLED, later)) == 1
+
+
+# Connections
+
+
+def _clocks(ledgers: list[Ledger]) -> list[tuple[str, str]]:
+    return [
+        (
+            f"{datetime.fromtimestamp(first / 1000, UTC):%H:%M:%S}",
+            f"{datetime.fromtimestamp(last / 1000, UTC):%H:%M:%S}",
+        )
+        for first, last in connected_minutes(ledgers)
+    ]
+
+
+def test_without_a_ledger_or_a_connection_no_minute_was_connected() -> None:
+    assert connected_minutes([]) == connected_minutes([connected()]) == []
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [("10:00:30", "10:00:31"), ("10:00:30", "10:03:01"), ("10:00:03", "10:00:06"), ("09:59:59", "10:00:01")],
+)
+def test_the_connected_minutes_of_a_run_are_all_but_those_of_its_gaps(start: str, end: str) -> None:
+    ledger = connected(("09:00:30", start), (end, "11:00:30"))
+    inside = {minute for first, last in connected_minutes([ledger]) for minute in range(first, last + 1, 60_000)}
+    (gap,) = ledger.gaps
+    lost = set()
+    if gap.first_minute and gap.last_minute:
+        lost = set(range(int(gap.first_minute.timestamp()) * 1000, int(gap.last_minute.timestamp()) * 1000 + 1, 60_000))
+    whole = range(int(at("09:00:00").timestamp()) * 1000, int(at("11:00:00").timestamp()) * 1000, 60_000)
+    assert inside == set(whole) - lost
+
+
+def test_a_run_connected_during_anothers_gap_closes_it() -> None:
+    first = connected(("09:00:30", "10:00:30"), ("10:30:30", "11:00:30"))
+    second = connected(("10:10:30", "10:20:30"))
+    assert _clocks([first, second]) == [("09:00:00", "09:59:00"), ("10:10:00", "10:19:00"), ("10:30:00", "10:59:00")]
+    assert _clocks([connected(("09:50:00", "10:45:00")), first]) == [("09:00:00", "10:59:00")]
+
+
+def test_a_run_that_takes_over_within_a_minute_leaves_no_gap() -> None:
+    assert _clocks([connected(("09:00:30", "10:00:30")), connected(("10:00:40", "11:00:30"))]) == [
+        ("09:00:00", "10:59:00")
+    ]
+
+
+def test_a_connection_without_an_end_counts_to_the_last_frame() -> None:
+    assert _clocks([connected(("09:00:30", None), last="09:30:10")]) == [("09:00:00", "09:29:00")]
+    assert _clocks([connected(("09:00:30", None))]) == []
+
+
+@pytest.mark.parametrize(
+    ("topics", "tickers"),
+    [
+        ([("AM.SPY", "A.QQQ"), ("AM.IBM", "AM.SPY")], ["IBM", "SPY"]),
+        ([("AM.SPY",), ("AM.*",)], None),
+        ([("AM.SPY",), ()], None),  # from before the topics were kept: any ticker
+        ([("A.*",)], []),
+        ([], []),
+    ],
+)
+def test_the_subscribed_tickers_are_those_of_every_run(
+    topics: list[tuple[str, ...]], tickers: list[str] | None
+) -> None:
+    assert subscribed_tickers([ledger_of(Account(), topics=of_run) for of_run in topics]) == tickers
+
+
+# Balance
+
+
+def test_an_account_that_does_not_add_up_is_described() -> None:
+    account = Account(events=3, bars=2, statuses=1)
+    account.day(DAY, Channel.MINUTE).bars = 2
+    assert account.imbalance(write_objects=False) == []
+    assert account.imbalance(write_objects=True) == ["2026-01-26 AM: 2 bars, but 0 objects and 0 superseded revisions"]
+    account.events = 4
+    account.day(date(2026, 1, 27), Channel.MINUTE).bars = 1
+    assert account.imbalance(write_objects=False) == [
+        "4 events came in, but 3 are accounted for",
+        "2 bars came in, but 3 are accounted for by day",
+    ]
+
+
+def put(lake: Lake, run: str, account: Account) -> None:
+    lake.put(layout.ledger_key(DAY, run), encode_ledger(ledger_of(account, run=run)))
+
+
+def test_a_days_ledgers_balance_with_the_objects_on_the_lake(file_lake: Lake) -> None:
+    put(file_lake, "ONE", account_of(2))
+    put(file_lake, "TWO", account_of(1))
+    put_raw_bars(file_lake, DAY, "SPY", minutes=3)
+    balance = reconcile(file_lake, DAY, Channel.MINUTE)
+    assert (balance.errors, balance.runs, balance.bars) == ([], 2, 3)
+    assert (balance.objects_counted, balance.objects_on_lake) == (3, 3)
+    put_raw_bars(file_lake, DAY, "QQQ")  # another writer's
+    balance = reconcile(file_lake, DAY, Channel.MINUTE)
+    assert (balance.errors, balance.objects_counted, balance.objects_on_lake) == ([], 3, 4)
+
+
+def test_a_day_without_ledgers_balances(file_lake: Lake) -> None:
+    put_raw_bars(file_lake, DAY, "SPY")
+    balance = reconcile(file_lake, DAY, Channel.MINUTE)
+    assert (balance.errors, balance.runs, balance.objects_counted, balance.objects_on_lake) == ([], 0, 0, 1)
+
+
+def test_a_missing_object_an_imbalance_and_an_unreadable_ledger_are_errors_that_name_the_run(file_lake: Lake) -> None:
+    put(file_lake, "ONE", account_of(2))
+    put_raw_bars(file_lake, DAY, "SPY")
+    wrong = account_of(0)
+    wrong.events = 5
+    put(file_lake, "TWO", wrong)
+    file_lake.put(layout.ledger_key(DAY, "TORN"), b"{")
+    assert objects_counted(file_lake, DAY, Channel.MINUTE) == 2
+    assert list(read_ledgers(file_lake, DAY).unreadable) == [layout.ledger_key(DAY, "TORN")]
+    unreadable, imbalance, missing = reconcile(file_lake, DAY, Channel.MINUTE).errors
+    assert f"{file_lake.url(layout.ledger_key(DAY, 'TORN'))} cannot be read" in unreadable
+    assert imbalance == "TWO: 5 events came in, but 0 are accounted for"
+    assert missing == "the ledgers count 2 objects, but only 1 are on the lake"
