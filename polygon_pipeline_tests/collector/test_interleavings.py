@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -34,6 +31,7 @@ from polygon_pipeline.market.calendar import trade_date
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
 from polygon_pipeline_tests.support.archives import archived_lines, quarantined_entries
 from polygon_pipeline_tests.support.bars import DAY, plain_bar
+from polygon_pipeline_tests.support.folders import folder_in_memory
 from polygon_pipeline_tests.support.journals import journal_header
 from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.traps import Trap, armed, was_killed
@@ -42,8 +40,6 @@ pytestmark = pytest.mark.slow
 
 # Around New York's midnight, so that one frame may hold bars of two trade dates.
 _STARTS = [1769490000000 - 120_000, 1769490000000 - 60_000, 1769490000000, 1769490000000 + 60_000, 1769576400000]
-# A hundred histories wait for thousands of syncs, which this file is not about.
-_MEMORY = Path("/dev/shm")
 # More operations in a row than a publisher tries of its own accord.
 _OUTAGE = 40
 
@@ -110,7 +106,8 @@ class _Collecting(RuleBasedStateMachine):
 
     @initialize(write_objects=st.sampled_from([True, True, True, False]))
     def begin(self, write_objects: bool) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="pieces-", dir=_MEMORY if _MEMORY.is_dir() else None))
+        self.resources = contextlib.ExitStack()
+        self.folder = self.resources.enter_context(folder_in_memory())  # a hundred histories have thousands of syncs
         self.lake = local_lake(self.folder / "lake")
         self.root = self.folder / "journal"
         self.write_objects = write_objects
@@ -268,7 +265,7 @@ class _Collecting(RuleBasedStateMachine):
             self.journal.discard()
             self.check()
         finally:
-            shutil.rmtree(self.folder)
+            self.resources.close()
 
     def check(self) -> None:
         assert list(self.root.iterdir()) == []

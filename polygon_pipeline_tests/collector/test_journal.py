@@ -78,6 +78,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_never_get_the_same_journal(tmp_path: Path, file_lake: Lake) -> None:
     runs = [f"run-{number:03d}" for number in range(12)]
     for run in runs:

@@ -129,6 +129,7 @@ def test_a_gap_requests_the_days_history_until_it_is_materialized(
         assert isinstance(_sense(instance), dg.SkipReason)
 
 
+@pytest.mark.slow
 def test_without_a_rest_url_the_built_in_simulators_past_is_the_history(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from polygon_pipeline.defs.schedules import after_close_schedule, catch_up_sched
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK
+from polygon_pipeline_tests.support.folders import folder_in_memory
 
 _INPUTS = {dataset.name: [needed.name for needed in dataset.inputs] for dataset in FOLLOWING}
 _MINUTE_DATASETS = [dataset.name for dataset in FOLLOWING if dataset.channel is Channel.MINUTE]
@@ -32,7 +33,7 @@ _DAYS = [f"2020-11-{day}" for day in (10, 11, 12, 13, 16, 17, 18, 19, 20, 23)]
 @pytest.fixture(scope="module")
 def stored_instance() -> Iterator[dg.DagsterInstance]:
     """Making one takes longer than a test; a schedule's context does not take an ephemeral one."""
-    with dg.instance_for_test() as instance:
+    with folder_in_memory() as folder, dg.instance_for_test(temp_dir=str(folder)) as instance:
         yield instance
 
 
@@ -168,6 +169,7 @@ def test_datasets_are_requested_without_waiting_for_their_reference(
     assert _asked(_catch_up(instance)) == [("2020-11-20", [_REFERENCE]), ("2020-11-20", _MINUTE_DATASETS)]
 
 
+@pytest.mark.slow
 def test_a_reference_older_than_the_days_publication_is_requested_again(instance: dg.DagsterInstance) -> None:
     later = datetime.now(NEW_YORK) + timedelta(days=60)
     day = calendar.completed_sessions(later, 5)[0].isoformat()

@@ -76,6 +76,7 @@ def lock_the_file_and_hang(path: Path, in_turn: Event) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", [take_a_turn_and_hang, lock_the_file_and_hang])
 def test_a_process_killed_during_its_turn_does_not_block_others(
     hang: Callable[[Path, Event], None], tmp_path: Path

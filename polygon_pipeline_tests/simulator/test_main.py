@@ -53,6 +53,7 @@ def test_the_command_prints_its_addresses_and_ends_on_a_signal(number: signal.Si
         socket.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -96,6 +96,7 @@ def test_a_closed_day_and_a_market_without_tickers_are_errors() -> None:
         SyntheticMarket([])
 
 
+@pytest.mark.slow
 def test_a_market_without_trades_has_no_bars_and_sends_nothing() -> None:
     inactive = market(("KIMpL",), seed=0)
     inactive._trades_per_minute[:] = 0
