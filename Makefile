@@ -14,7 +14,7 @@ dev: $(BIN)/.installed $(DAGSTER_HOME)/dagster.yaml
 check: static
 	$(BIN)/pytest -m "not slow"
 
-# Everything: about eight minutes on two cores.
+# Everything: about nine minutes on two cores.
 test: static
 	$(BIN)/pytest
 

@@ -41,13 +41,13 @@ _BARE = """
 def ours(run: Run, tickers: int, channel: Channel) -> Callable[[], Path]:
     import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
 
-    from polygon_pipeline.datasets.inputs import normalize_day
+    from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
 
     lake, _ = data.frames_lake(run, tickers, channel)
     folder = Path(tempfile.mkdtemp(dir=run.scratch))
 
     def work() -> Path:
-        normalize_day(lake, data.DAY, channel, folder / "ours.parquet", folder)
+        normalize_day(lake, fetch_raw(lake, data.DAY, channel, folder), folder / "ours.parquet", folder)
         return folder / "ours.parquet"
 
     return work

@@ -33,13 +33,13 @@ _PREFIX = layout.raw_prefix(Channel.MINUTE, data.DAY)
 def ours(run: Run, server: Server, bucket: str) -> Callable[[], Path]:
     import pyarrow  # noqa: F401 imported where it is first used, which is within the timed part
 
-    from polygon_pipeline.datasets.inputs import normalize_day
+    from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
 
     lake = server.lake(bucket)
     folder = Path(tempfile.mkdtemp(dir=run.scratch))
 
     def work() -> Path:
-        normalize_day(lake, data.DAY, Channel.MINUTE, folder / "ours.parquet", folder)
+        normalize_day(lake, fetch_raw(lake, data.DAY, Channel.MINUTE, folder), folder / "ours.parquet", folder)
         return folder / "ours.parquet"
 
     return work

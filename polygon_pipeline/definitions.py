@@ -1,4 +1,4 @@
-"""Assembly only: what is put into `defs`, with the resources it needs, makes up the code location."""
+"""Assembly only: the assets and jobs that the settings ask for, with what is put into `defs`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,54 @@ import dagster as dg
 from dagster_aws.s3 import S3Resource
 
 from polygon_pipeline import defs as project_defs
+from polygon_pipeline.datasets.catalog import FOLLOWING, REFERENCE_BARS
+from polygon_pipeline.defs import following
+from polygon_pipeline.defs.assets import dataset_assets
 from polygon_pipeline.defs.io_manager import ParquetIOManager
+from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 
 
-def build_defs(resources: Mapping[str, object] | None = None) -> dg.Definitions:
-    """The project's definitions. resources: replacements, by key (polygon, lake, s3, parquet)."""
+def build_defs(project: Project | None = None, resources: Mapping[str, object] | None = None) -> dg.Definitions:
+    """The project's definitions. project: by the environment. resources: replacements, by key (polygon, lake, s3)."""
+    project = project or Project.from_environment()
     s3 = S3Resource()
     lake = LakeResource(s3=s3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.PreviewWarning)  # the loader is one in 1.13; the pins hold its version
-        return dg.load_definitions_from_package_module(
-            project_defs,
-            resources={
-                "s3": s3,
-                "lake": lake,
-                "polygon": PolygonResource(),
-                "parquet": ParquetIOManager(lake=lake),
-                **(resources or {}),
-            },
-            # A step in a process of its own would import everything again, some 2 s each; a day's work is one step.
-            executor=dg.in_process_executor,
+        return dg.Definitions.merge(
+            dg.load_definitions_from_package_module(project_defs),
+            dg.Definitions(
+                assets=dataset_assets(project),
+                jobs=_jobs(project),
+                resources={
+                    "s3": s3,
+                    "lake": lake,
+                    "polygon": PolygonResource(),
+                    "parquet": ParquetIOManager(lake=lake),
+                    **(resources or {}),
+                },
+                # A step in a process of its own would import everything again, some 2 s each.
+                executor=dg.in_process_executor,
+            ),
         )
+
+
+def _jobs(project: Project) -> list[dg.UnresolvedAssetJobDefinition]:
+    datasets = [dataset.name for dataset in FOLLOWING if dataset.channel in project.channels]
+    return [
+        dg.define_asset_job(
+            following.JOB,
+            selection=datasets,
+            description="Makes datasets of trading days. Started by datasets_follow_sensor, or by hand.",
+        ),
+        # A schedule's runs are all of one job.
+        dg.define_asset_job(
+            "catch_up",
+            selection=[REFERENCE_BARS.name, *datasets],
+            description="Makes what is missing or out of date. Started by catch_up_schedule.",
+        ),
+    ]
 
 
 defs = build_defs()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polygon_pipeline import settings
 from polygon_pipeline.collector.launching import Outcome, PastRun, Start, Wait, decide_session
+from polygon_pipeline.lake.ledger import SESSION_OVER
 from polygon_pipeline.market import calendar
 from polygon_pipeline.settings import Settings
 from polygon_pipeline.simulator.tickers import WATCH_LIST
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from polygon_pipeline.simulator.synthetic import SyntheticMarket
 
 SESSIONS = 5
+_PARTITIONS = 10
 
 # A simulated session is over in three minutes and should be seen growing.
 CHECKPOINT_SECONDS = 30.0
@@ -41,6 +43,10 @@ def with_defaults(environment: Mapping[str, str]) -> dict[str, str]:
         "LAKE_URI": (base / "lake").as_uri(),
         "JOURNAL_DIR": str(base / "journal"),
     }
+    if not environment.get("POLYGON_WEBSOCKET_URL"):
+        # Near enough that the partitions' bar shows the days that are played.
+        start = calendar.completed_sessions(datetime.now(UTC), _PARTITIONS)[0]
+        defaults["POLYGON_HISTORY_START"] = start.isoformat()
     if not environment.get("POLYGON_REST_URL"):
         defaults["POLYGON_REST_REQUESTS_PER_MINUTE"] = _REQUESTS_PER_MINUTE
     return dict(environment) | {name: value for name, value in defaults.items() if not environment.get(name)}
@@ -75,7 +81,7 @@ def exchange(wanted: Settings, day: date) -> Iterator[tuple[str, Callable[[], st
 
     feed = SyntheticFeed(_market(wanted), day, wanted.channels)
     with Exchange(feed, speed=_SPEED, key=wanted.api_key, faults=_faults(day)) as server:
-        yield server.url, lambda: "the simulated session is over" if server.finished.is_set() else None
+        yield server.url, lambda: SESSION_OVER if server.finished.is_set() else None
 
 
 @contextmanager

@@ -12,17 +12,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from polygon_pipeline.market.bars import Channel, ticker_error
+from polygon_pipeline.market.calendar import FIRST_SESSION
 
 WEBSOCKET_URL = "wss://socket.massive.com/stocks"
 REST_URL = "https://api.massive.com"
 FLAT_FILES_URL = "https://files.massive.com"
 SIMULATOR_KEY = "simulator"
+
+# Two years, of which the free plan has the history; earlier days are asked for by name, back to the vendor's first.
+HISTORY_START = date(2024, 12, 2)
 
 
 class ConfigurationError(Exception):
@@ -98,10 +103,31 @@ def load(environment: Mapping[str, str]) -> Settings:
         flat_files_key_id=flat_files_key_id,
         flat_files_secret=flat_files_secret,
         tickers=_tickers(environment),
-        channels=parse_channels(environment.get("POLYGON_CHANNELS", Channel.MINUTE).split(",")),
+        channels=channels(environment),
         lake_uri=lake_uri(environment),
         journal_dir=Path(environment.get("JOURNAL_DIR") or "var/journal").resolve(),
     )
+
+
+def channels(environment: Mapping[str, str]) -> tuple[Channel, ...]:
+    """POLYGON_CHANNELS. Raises ConfigurationError."""
+    return parse_channels(environment.get("POLYGON_CHANNELS", Channel.MINUTE).split(","))
+
+
+def history_start(environment: Mapping[str, str]) -> date:
+    """POLYGON_HISTORY_START: the first day that is a partition. Raises ConfigurationError."""
+    text = environment.get("POLYGON_HISTORY_START", "").strip()
+    if not text:
+        return HISTORY_START
+    try:
+        found = date.fromisoformat(text)
+    except ValueError:
+        found = None
+    if found is None or found.isoformat() != text or found < FIRST_SESSION:
+        raise ConfigurationError(
+            f"POLYGON_HISTORY_START is {text!r}; it must be a date, YYYY-MM-DD, from {FIRST_SESSION} on."
+        )
+    return found
 
 
 def lake_uri(environment: Mapping[str, str]) -> str:

@@ -14,20 +14,33 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.collector.lease import Holding, read_lease
-from polygon_pipeline.lake.ledger import Ledger, decode_ledger
+from polygon_pipeline.datasets.catalog import DAILY_BARS, FOLLOWING, REFERENCE_BARS
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.dataset_files import put_dataset
+from polygon_pipeline.lake.ledger import Ledger, decode_ledger, read_ledgers
 from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.calendar import completed_sessions, day_bounds_ms, trading_days
+from polygon_pipeline.simulator.synthetic import SyntheticMarket
+from polygon_pipeline.simulator.tickers import WATCH_LIST
+from polygon_pipeline_tests.support.bars import reference_row
+from polygon_pipeline_tests.support.day_files import reference_file
 from polygon_pipeline_tests.support.s3_server import free_ports
 from polygon_pipeline_tests.support.waiting import until
 
 T = TypeVar("T")
+
+_MINUTE = [dataset for dataset in FOLLOWING if dataset.channel is Channel.MINUTE]
 
 pytestmark = pytest.mark.slow
 
@@ -46,12 +59,13 @@ class DagsterDev:
         (folder / "home").mkdir()
         shutil.copy(_ROOT / "deploy" / "local" / "dagster.yaml", folder / "home" / "dagster.yaml")
 
-    def start(self) -> None:
+    def start(self, **variables: str) -> None:
         environment = {
             **os.environ,
             "DAGSTER_HOME": str(self._folder / "home"),
             "LAKE_URI": self._lake.uri,
             "JOURNAL_DIR": str(self._folder / "journal"),
+            **variables,
         }
         command = [sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(self._port)]
         with (self._folder / "dev.log").open("ab") as log:
@@ -73,6 +87,23 @@ class DagsterDev:
             '{ runsOrError(filter: {pipelineName: "collect_aggregates"}) { ... on Runs { results { runId status } } } }'
         )
         return list(self._ask(query)["runsOrError"]["results"])
+
+    def terminate(self, run: str) -> None:
+        """As the UI's button does it."""
+        self._ask(f'mutation {{ terminateRun(runId: "{run}") {{ __typename }} }}')
+
+    def backfill(self, assets: Sequence[str], days: Sequence[date]) -> str:
+        """As the UI's dialog does it; returns the backfill's id."""
+        names = ", ".join(f'{{ path: ["{asset}"] }}' for asset in assets)
+        keys = ", ".join(f'"{day}"' for day in days)
+        parameters = f"{{ assetSelection: [{names}], partitionNames: [{keys}] }}"
+        query = f"""mutation {{ launchPartitionBackfill(backfillParams: {parameters}) {{
+            ... on LaunchBackfillSuccess {{ backfillId }} ... on PythonError {{ message }} }} }}"""
+        return str(self._ask(query)["launchPartitionBackfill"]["backfillId"])
+
+    def backfill_status(self, backfill: str) -> str:
+        query = f'{{ partitionBackfillOrError(backfillId: "{backfill}") {{ ... on PartitionBackfill {{ status }} }} }}'
+        return str(self._ask(query)["partitionBackfillOrError"]["status"])
 
     def interrupt(self) -> None:
         """Ctrl-C: the terminal sends it to every process of the group."""
@@ -186,6 +217,62 @@ def test_exactly_one_collector_continues_after_any_process_is_killed(
     )
 
 
+@pytest.mark.timeout(900)
+def test_a_day_gets_to_final_by_itself_whatever_happened_to_its_session(
+    tmp_path: Path, file_lake: Lake, say: Callable[[str], None]
+) -> None:
+    """A session whose worker is killed and whose next attempt is terminated by hand, while a backfill is under way."""
+    dev = DagsterDev(tmp_path, file_lake)
+    try:
+        backfilled = trading_days(date(2026, 1, 5), date(2026, 3, 31))
+        _put_history(file_lake, backfilled, tmp_path)
+        dev.start(POLYGON_HISTORY_START="2026-01-02")
+        asked = dev.backfill([dataset.name for dataset in _MINUTE], backfilled)
+        first = _until(lambda: _alive(file_lake), "the sensor starts a collector beside the backfill")
+        day = completed_sessions(datetime.now(UTC), 5)[0]
+        _until(lambda: _state(file_lake, day) == "collecting", "half a day is called half a day")
+        os.kill(first.pid, signal.SIGKILL)
+        _until(lambda: _alive(file_lake, after=first), "another attempt follows the killed worker")
+        _until(lambda: len(file_lake.keys(layout.ledger_prefix(day))) == 2, "it has published something")
+        dev.terminate(dev.runs()[0]["runId"])
+        _until(lambda: _state(file_lake, day) == "final", "the day is completed by itself", 240)
+        _until(lambda: dev.backfill_status(asked).startswith("COMPLETED"), "the backfill is completed", 300)
+        assert dev.backfill_status(asked) == "COMPLETED_SUCCESS"
+        assert {_state(file_lake, day) for day in backfilled} == {"final"}
+        ledgers, unreadable = read_ledgers(file_lake, day)
+        assert not unreadable
+        assert [(ledger.complete, ledger.imbalance) for ledger in ledgers] == [(True, []), (True, [])]
+    finally:
+        dev.close()
+    say(f"a session killed and terminated beside a backfill of {len(backfilled)} days: every day final")
+
+
+def _put_history(lake: Lake, days: Sequence[date], folder: Path) -> None:
+    """The vendor's history of days, as fetched before."""
+    market = SyntheticMarket(WATCH_LIST[:3])
+    for day in days:
+        rows = [
+            reference_row(
+                row["ticker"],
+                row["start_ms"],
+                **{name: row[name] for name in ("open", "high", "low", "close", "volume", "vwap")},
+            )
+            for row in market.day_bars(day).to_pylist()
+        ]
+        until_ms = day_bounds_ms(day)[1]
+        file = reference_file(folder / "reference.parquet", rows, list(WATCH_LIST[:3]), until_ms)
+        put_dataset(lake, REFERENCE_BARS.name, day.isoformat(), file)
+
+
+def _state(lake: Lake, day: date) -> str | None:
+    """What the daily bars say of a day; None while there are none."""
+    content = lake.get(layout.dataset_key(DAILY_BARS.name, day.isoformat()))
+    if content is None:
+        return None
+    states = pq.read_table(pa.BufferReader(content)).column("day_state").to_pylist()
+    return str(states[0])
+
+
 def _assert_nothing_lost(lake: Lake, ledgers: list[Ledger]) -> None:
     assert len(ledgers) >= 4
     for ledger in ledgers:
@@ -206,8 +293,8 @@ def _statuses(dev: DagsterDev) -> list[str]:
     return [run["status"] for run in dev.runs()]
 
 
-def _until(condition: Callable[[], T | None], what: str) -> T:
-    return until(condition, what, seconds=90, pause=0.5)
+def _until(condition: Callable[[], T | None], what: str, seconds: float = 120) -> T:
+    return until(condition, what, seconds=seconds, pause=0.5)
 
 
 def _pids() -> list[int]:

@@ -10,10 +10,12 @@ import pytest
 
 from polygon_pipeline.datasets.catalog import DATASETS
 from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.defs.partitions import Project
+from polygon_pipeline.market.bars import Channel
 
 
 def test_the_public_names_exist() -> None:
-    repository = build_defs().get_repository_def()
+    repository = build_defs(Project(channels=tuple(Channel))).get_repository_def()
     names = {key.to_user_string() for key in repository.asset_graph.get_all_asset_keys()}
     assert names >= {dataset.name for dataset in DATASETS}
     job = repository.get_job("collect_aggregates")

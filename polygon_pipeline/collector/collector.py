@@ -53,6 +53,7 @@ from polygon_pipeline.lake.store import STORE_ERRORS, Lake, brief, permanent_err
 from polygon_pipeline.polygon.stream import Backoff, ConnectionEvent, EventKind, Stream
 
 T = TypeVar("T")
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 # After this long without progress at the end of a run, what is left waits in the journal for the next start.
 DRAIN_SECONDS = 60.0
@@ -115,7 +116,7 @@ class Phase(IntEnum):
 class Collector:
     """Collects by a plan. Connection changes and faults go to `log`, always on the thread that calls run()."""
 
-    def __init__(self, lake: Lake, plan: Plan, log: logging.Logger, backoff: Backoff | None = None) -> None:
+    def __init__(self, lake: Lake, plan: Plan, log: Log, backoff: Backoff | None = None) -> None:
         self._lake = lake
         self._plan = plan
         self._log = log
@@ -140,7 +141,7 @@ class _Run:
         self,
         lake: Lake,
         plan: Plan,
-        log: logging.Logger,
+        log: Log,
         backoff: Backoff | None,
         on_checkpoint: Callable[[Progress], None],
     ) -> None:
@@ -180,6 +181,7 @@ class _Run:
         self._connected = False
         self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # for `main` to log
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # for `main` to raise
+        self._recovered: queue.SimpleQueue[Account] = queue.SimpleQueue()  # of lost runs, for `main` to report
         self._store_fault: str | None = None
         self._drain_deadline = math.inf
         self._reported: dict[date, int] = {}
@@ -202,6 +204,7 @@ class _Run:
         self._drain(reason, publishing, received=receiving is not None)
         if failure:
             raise failure
+        self._report_recovered()
         self._checkpoint()
         return reason
 
@@ -232,6 +235,7 @@ class _Run:
             if self._publisher.segments_published > reported:
                 reported = self._publisher.segments_published
                 self._checkpoint()
+            self._report_recovered()
             time.sleep(_POLL_SECONDS)
 
     def _drain(self, reason: str, publishing: threading.Thread, received: bool) -> None:
@@ -262,6 +266,12 @@ class _Run:
         dates = frozenset(day for day, count in bars.items() if count != self._reported.get(day))
         self._reported = bars
         self._on_checkpoint(replace(progress, dates=dates))
+
+    def _report_recovered(self) -> None:
+        """Reports the days of lost runs, which are on the lake now."""
+        while not self._recovered.empty():
+            account = self._recovered.get()
+            self._on_checkpoint(replace(self._progress(), account=account, dates=frozenset(account.days)))
 
     def _log_messages(self) -> None:
         while not self._messages.empty():
@@ -330,6 +340,7 @@ class _Run:
             publisher.account.ended_by = f"died; its journal was published by {self._plan.run}"
         self._persist(lambda: publisher.put_ledger(complete=True))
         journal.discard()
+        self._recovered.put(publisher.account)
         self._messages.put(
             (logging.WARNING, f"recovered {waiting} bytes and {publisher.account.bars} bars in all of run {header.run}")
         )

@@ -87,6 +87,12 @@ def read_lease(lake: Lake) -> Holding | None:
     return _decode(content) if content else None
 
 
+def live_run(lake: Lake) -> str | None:
+    """The run that collects into the lake now, or None. Raises the store's errors."""
+    holding = read_lease(lake)
+    return None if holding is None or holding.is_free(datetime.now(UTC)) else holding.run
+
+
 class Lease:
     """A collector's side of it. Not thread-safe. The store's errors pass through: the caller tries again."""
 

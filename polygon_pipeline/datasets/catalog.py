@@ -172,13 +172,14 @@ DAILY_BARS = Dataset(
         Column("first_bar", "timestamp", "Start of the first regular-hours bar; null if there was none"),
         Column("last_bar", "timestamp", "Start of the last regular-hours bar; null if there was none"),
         Column("official_open", "double", "The day's official open as the feed reported it; null where it did not"),
+        Column("day_state", "string", "collecting, partial, complete or final: how much of the day this row knows"),
     ),
 )
 
 BAR_COVERAGE = Dataset(
     "bar_coverage",
     Channel.MINUTE,
-    "One row per ticker: minutes expected, collected, traded, lost, repaired, corrected and late. With a picture.",
+    "One row per ticker: minutes expected, collected, traded, lost, not collected, repaired, corrected and late.",
     inputs=(NORMALIZED_BARS, REFERENCE_BARS),
     columns=(
         _TICKER,
@@ -195,6 +196,7 @@ BAR_COVERAGE = Dataset(
         Column(
             "lost_connected", "int64", "Traded, not collected, though a collector was connected; with repaired ones"
         ),
+        Column("not_collected_minutes", "int64", "Traded on a day when no collector was at work; from the history"),
         Column("repaired_minutes", "int64", "Lost ones that the bars have from the vendor's history"),
         Column("corrected_minutes", "int64", "Collected ones whose values the vendor's history replaced"),
         Column("late_minutes", "int64", "Collected ones whose kept revision came over a minute after the bar's end"),
@@ -229,6 +231,11 @@ DERIVED = (*RESAMPLED, DAILY_BARS)
 
 # What follows from other datasets, and so can be out of date.
 FOLLOWING = tuple(dataset for dataset in DATASETS if dataset.inputs)
+
+
+def roots(dataset: Dataset) -> set[Dataset]:
+    """The datasets that it is made of in the end, which are made of no other."""
+    return set().union(*(roots(needed) for needed in dataset.inputs)) if dataset.inputs else {dataset}
 
 
 def find(name: str) -> Dataset:

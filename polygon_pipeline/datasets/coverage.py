@@ -36,6 +36,8 @@ class State(StrEnum):
     NO_TRADE = "no_trade"  # neither the history nor the stream has a bar
     COLLECTED = "collected"  # the stream's bar is kept
     CORRECTED = "corrected"  # the stream sent a bar, and the history's values are kept
+    FROM_HISTORY = "from_history"  # no collector was at work that day; the history's bar is kept
+    NOT_COLLECTED = "not_collected"  # traded, no collector was at work that day, and the history's bar is not added yet
     REPAIRED = "repaired"  # the stream sent none, and the history's bar was added
     LOST_DISCONNECTED = "lost_disconnected"  # traded, not collected while no collector was connected, not repaired yet
     LOST_CONNECTED = "lost_connected"  # traded, not collected though a collector was connected, not repaired yet
@@ -74,7 +76,9 @@ _STATES = f"""
             CASE
                 WHEN revisions > 0 AND kept THEN '{State.COLLECTED}'
                 WHEN revisions > 0 THEN '{State.CORRECTED}'
-                WHEN revisions = 0 THEN '{State.REPAIRED}'
+                WHEN revisions = 0 AND $was_collected THEN '{State.REPAIRED}'
+                WHEN revisions = 0 THEN '{State.FROM_HISTORY}'
+                WHEN traded AND NOT $was_collected THEN '{State.NOT_COLLECTED}'
                 WHEN traded AND connected THEN '{State.LOST_CONNECTED}'
                 WHEN traded THEN '{State.LOST_DISCONNECTED}'
                 WHEN known THEN '{State.NO_TRADE}'
@@ -97,6 +101,7 @@ _COVERAGE = f"""
         CASE WHEN bool_or(known) THEN count(*) FILTER (traded) END AS traded_minutes,
         count(*) FILTER (lost AND NOT connected) AS lost_disconnected,
         count(*) FILTER (lost AND connected) AS lost_connected,
+        count(*) FILTER (state IN ('{State.FROM_HISTORY}', '{State.NOT_COLLECTED}')) AS not_collected_minutes,
         count(*) FILTER (state = '{State.REPAIRED}') AS repaired_minutes,
         count(*) FILTER (state = '{State.CORRECTED}') AS corrected_minutes,
         count(*) FILTER (state = '{State.COLLECTED}' AND late) AS late_minutes,
@@ -106,7 +111,9 @@ _COVERAGE = f"""
         coalesce(list_max(map_values(list_histogram(
             list_transform(list(minute ORDER BY minute) FILTER (lost), lambda m, place: m - place)
         ))), 0)::BIGINT AS longest_gap_minutes,
-        (traded_minutes - count(*) FILTER (lost AND state <> '{State.REPAIRED}')) / nullif(traded_minutes, 0) AS share
+        (traded_minutes - count(*) FILTER (
+            (lost AND state <> '{State.REPAIRED}') OR state = '{State.NOT_COLLECTED}'
+        )) / nullif(traded_minutes, 0) AS share
     FROM states
     GROUP BY ticker
     ORDER BY ticker
@@ -127,8 +134,9 @@ class Coverage(DuckSession):
 
     normalized, reference: files of that day's datasets. connected: the minutes whose bars must have reached a
     collector, as (first, last) starts in Unix ms, both included. subscribed: the tickers the collector asked for, None
-    for the whole market; to the others it was never connected. folder: an empty local folder. Raises ValueError for a
-    day that is no trading day.
+    for the whole market; to the others it was never connected. was_collected: whether a collector was at work that day
+    at all; else nothing was lost, and what there is comes from the history. space: as in DuckSession. Raises
+    ValueError for a day that is no trading day.
     """
 
     def __init__(
@@ -137,10 +145,11 @@ class Coverage(DuckSession):
         normalized: Path,
         reference: Path | None,
         connected: Sequence[tuple[int, int]],
-        folder: Path,
+        space: Path | DuckSession,
         subscribed: Sequence[str] | None = None,
+        was_collected: bool = True,
     ) -> None:
-        super().__init__(folder)
+        super().__init__(space)
         self._day = day
         self.view("normalized", normalized)
         self.connection.register("minutes", _minutes(day, connected))
@@ -156,6 +165,7 @@ class Coverage(DuckSession):
             "known_tickers": None if known_tickers is None else list(known_tickers),
             "until_ms": until_ms,
             "subscribed": None if subscribed is None else list(subscribed),
+            "was_collected": was_collected,
         }
 
     def write(self, target: Path) -> None:

@@ -15,6 +15,7 @@ from polygon_pipeline.datasets.catalog import REFERENCE_BARS
 from polygon_pipeline.datasets.merge import Merge
 from polygon_pipeline.datasets.normalize import NoBars, Normalization
 from polygon_pipeline.datasets.reference import ReferenceInfo, read_reference_info
+from polygon_pipeline.datasets.session import DuckSession
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
 from polygon_pipeline.lake.records import BarRecord, decode_record
@@ -38,34 +39,60 @@ class RawDay:
     merge: Merge = field(default_factory=Merge)
 
 
-def normalize_day(lake: Lake, day: date, channel: Channel, target: Path, folder: Path) -> RawDay:
+@dataclass(frozen=True)
+class RawInputs:
+    """What is fetched before a day is normalized. frames: keys by local file; objects: keys of raw-data by bar."""
+
+    day: date
+    channel: Channel
+    frames: dict[Path, str]
+    objects: dict[tuple[str, int], str]
+    reference: Path | None
+
+
+def fetch_raw(lake: Lake, day: date, channel: Channel, folder: Path) -> RawInputs:
+    """Fetches what a day's normalized bars are made of, but for the objects that the frames may cover."""
+    keys = lake.keys(layout.raw_prefix(channel, day))
+    return RawInputs(
+        day,
+        channel,
+        _fetch_frames(lake, day, folder),
+        {bar: key for key in keys if (bar := layout.parse_raw_key(key))},
+        fetch_reference(lake, day, folder) if channel is REFERENCE_BARS.channel else None,
+    )
+
+
+def fetch_reference(lake: Lake, day: date, folder: Path) -> Path | None:
+    """The day's reference as a local file, or None where the lake has none."""
+    with contextlib.suppress(MissingDataset):
+        return fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
+    return None
+
+
+def normalize_day(lake: Lake, inputs: RawInputs, target: Path, space: Path | DuckSession) -> RawDay:
     """Writes a day's normalized bars to a local Parquet file, from raw-frames and the raw-data they do not cover.
 
     The frames are the fuller record, so an object is read only where no frame has its bar: a bucket that another
     program fills in the specified format normalizes just as well. Minute bars are merged with the lake's reference of
-    the day, which alone also makes a day that no collector recorded. folder: an empty local folder. Raises NoBars.
+    the day, which alone also makes a day that no collector recorded. space: as in DuckSession. Raises NoBars.
     """
-    raw = RawDay()
-    with Normalization(day, channel, folder) as normalization:
-        files = _fetch_frames(lake, day, folder)
-        raw.frame_files = len(files)
-        normalization.add_frames(list(files))
-        keys = {bar: key for key in lake.keys(layout.raw_prefix(channel, day)) if (bar := layout.parse_raw_key(key))}
-        if uncovered := normalization.uncovered(keys):
-            bars = _fetch_records(lake, [keys[bar] for bar in uncovered], day, raw.unreadable)
+    raw = RawDay(frame_files=len(inputs.frames))
+    with Normalization(inputs.day, inputs.channel, space) as normalization:
+        normalization.add_frames(list(inputs.frames))
+        if uncovered := normalization.uncovered(inputs.objects):
+            keys = [inputs.objects[bar] for bar in uncovered]
+            bars = _fetch_records(lake, keys, inputs.day, raw.unreadable)
             raw.records = len(bars)
             normalization.add_bars(bars)
-        if channel is REFERENCE_BARS.channel:
-            with contextlib.suppress(MissingDataset):
-                reference = fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
-                raw.reference = read_reference_info(reference)
-                normalization.add_reference(reference)
+        if inputs.reference is not None:
+            raw.reference = read_reference_info(inputs.reference)
+            normalization.add_reference(inputs.reference)
         failure: NoBars | None = None
         try:
             raw.merge = normalization.write(target)
         except NoBars as error:
             failure = error
-        raw.unreadable |= {files[file]: reason for file, reason in normalization.unreadable.items()}
+        raw.unreadable |= {inputs.frames[file]: reason for file, reason in normalization.unreadable.items()}
     if failure and raw.unreadable:
         key, reason = next(iter(raw.unreadable.items()))
         raise NoBars(f"{failure} that can be read; {len(raw.unreadable)} cannot, such as {key}: {reason}") from failure

@@ -93,12 +93,12 @@ class _Arrivals(Enum):
 class Normalization(DuckSession):
     """One day and channel from raw to normalized. A context manager; add what there is, then write().
 
-    folder: an empty local folder for what does not fit into memory. unreadable: the files that could not be read, or
-    only in part, each with the reason; it is complete after write(). Whatever is sound in them is used all the same.
+    space: as in DuckSession. unreadable: the files that could not be read, or only in part, each with the reason; it is
+    complete after write(). Whatever is sound in them is used all the same.
     """
 
-    def __init__(self, day: date, channel: Channel, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, day: date, channel: Channel, space: Path | DuckSession) -> None:
+        super().__init__(space)
         self._day = day
         self._channel = channel
         first_ms, after_ms = day_bounds_ms(day)

@@ -23,6 +23,8 @@ _COLOURS = {
     State.COLLECTED: ("collected", (74, 128, 189)),
     State.CORRECTED: ("corrected", (240, 90, 205)),
     State.REPAIRED: ("repaired", (244, 172, 40)),
+    State.FROM_HISTORY: ("from history", (150, 200, 190)),
+    State.NOT_COLLECTED: ("not collected", (190, 160, 220)),
     State.LOST_DISCONNECTED: ("lost while disconnected", (214, 39, 40)),
     State.LOST_CONNECTED: ("lost while connected", (50, 0, 10)),
     State.NO_TRADE: ("no trade", (232, 235, 238)),

@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 from polygon_pipeline.datasets.catalog import Dataset
+from polygon_pipeline.datasets.day_state import DayState
 from polygon_pipeline.datasets.normalize import SESSION, regular_hours
 from polygon_pipeline.datasets.session import DuckSession
 
@@ -82,7 +83,8 @@ _DAILY = f"""
         CAST(coalesce(sum(bar_count) {_REGULAR}, 0) AS BIGINT) AS bar_count,
         min(first_bar) {_REGULAR} AS first_bar,
         max(last_bar) {_REGULAR} AS last_bar,
-        any_value(official_open) AS official_open
+        any_value(official_open) AS official_open,
+        $day_state AS day_state
     FROM buckets LEFT JOIN (
         SELECT ticker, arg_max(day_open, timestamp) FILTER (WHERE day_open IS NOT NULL) AS official_open
         FROM normalized
@@ -96,19 +98,21 @@ _DAILY = f"""
 class Resampling(DuckSession):
     """One day's normalized minute bars (a Parquet file), scanned once for all that is made of them.
 
-    A context manager. folder: an empty local folder for what does not fit into memory. Raises NoBars for a day that
-    is no trading day.
+    A context manager. space: as in DuckSession. day_state: what the daily bars say of the day. Raises NoBars for a day
+    that is no trading day.
     """
 
-    def __init__(self, day: date, normalized: Path, folder: Path) -> None:
-        super().__init__(folder)
-        self._day = day
+    def __init__(
+        self, day: date, normalized: Path, space: Path | DuckSession, day_state: str = DayState.PARTIAL
+    ) -> None:
+        super().__init__(space)
+        self._daily = {"day": day, "day_state": str(day_state)}
         self.view("normalized", normalized)
         self.rows(_BUCKETS, regular_hours(day))
 
     def write(self, dataset: Dataset, target: Path) -> None:
         """Writes a resampled dataset or the daily bars, sorted by ticker and time."""
         if dataset.interval_minutes is None:
-            self.copy(_DAILY, target, {"day": self._day})
+            self.copy(_DAILY, target, self._daily)
         else:
             self.copy(_RESAMPLE.format(minutes=dataset.interval_minutes), target)

@@ -1,187 +1,211 @@
 """The assets: what the lake holds, day by day, and what each is made of.
 
-Belongs here: dependencies, automation and how each shows in the UI. Does not belong here: names, columns and
-descriptions (datasets.catalog), what the rows are (the datasets' modules), and the reference (defs.reference).
+Belongs here: dependencies, runs of many days and how a day shows in the UI. Does not belong here: names, columns and
+descriptions (datasets.catalog), what the rows are and in which order they are made (datasets), checks (defs.checks),
+and the reference (defs.reference).
+
+All datasets of a channel are made in one step, so that a day is fetched and scanned once. Each is reported for its day
+as soon as it is stored; a run that is cut or partly fails has made what it reported.
 """
 
-import contextlib
-from base64 import b64encode
-from collections.abc import Iterator
-from datetime import date
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime
+from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
+from polygon_pipeline.collector.lease import live_run
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import Dataset
-from polygon_pipeline.datasets.coverage import Coverage, totals, worst_first
-from polygon_pipeline.datasets.inputs import normalize_day
-from polygon_pipeline.datasets.normalize import NoBars
-from polygon_pipeline.datasets.pictures import MOST_TICKERS, heat_map
-from polygon_pipeline.datasets.resample import Resampling
-from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.datasets.making import FailedDay, MadeDataset, current_status, make_days
+from polygon_pipeline.datasets.staleness import AS_OF
+from polygon_pipeline.defs import checks
+from polygon_pipeline.defs.partitions import Project, days_of, latest_ids, latest_materialization, made_days
+from polygon_pipeline.defs.reference import reference_asset
 from polygon_pipeline.defs.resources import LakeResource
-from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
-from polygon_pipeline.lake.ledger import connected_minutes, read_ledgers, subscribed_tickers
+from polygon_pipeline.defs.writer import write_day
+from polygon_pipeline.lake.dataset_files import fetch_dataset
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 
-# Datasets follow their inputs, of whatever day: `eager` alone would keep to the latest one, and a late recovery or
-# the demo's past days must follow too.
-_FOLLOW_BARS = dg.AutomationCondition.eager().without(dg.AutomationCondition.in_latest_time_window())
-
-_HISTORY = dg.AssetSelection.assets(catalog.REFERENCE_BARS.name)
-
-# Raw bars arrive while a run is making the day from what there was before. `eager` takes the end of that run for an
-# answer to them, and the session's last bars would be left out; here only a later request answers them.
-_RAW_UPDATED = dg.AutomationCondition.any_deps_updated().ignore(_HISTORY)
-_RAW_UNANSWERED = (dg.AutomationCondition.newly_missing() | _RAW_UPDATED).since(
-    (dg.AutomationCondition.newly_requested() & ~_RAW_UPDATED) | dg.AutomationCondition.initial_evaluation()
-)
-# The history of a day comes at once, so a run of a backfill that used it is an answer.
-_HISTORY_UNANSWERED = (
-    dg.AutomationCondition.any_deps_updated()
-    .allow(_HISTORY)
-    .since(
-        dg.AutomationCondition.newly_requested()
-        | dg.AutomationCondition.newly_updated()
-        | dg.AutomationCondition.initial_evaluation()
-    )
-)
-# Raw bars or the vendor's history suffice.
-_FOLLOW_RAW_BARS = (
-    (_RAW_UNANSWERED | _HISTORY_UNANSWERED)
-    & ~dg.AutomationCondition.all_deps_match(dg.AutomationCondition.missing())
-    & ~dg.AutomationCondition.in_progress()
-)
-
-# Coverage says what is known before the vendor's history is there, and more when it is.
-_FOLLOW_BARS_BEFORE_HISTORY = _FOLLOW_BARS.replace(
-    "any_deps_missing", dg.AutomationCondition.any_deps_missing().ignore(_HISTORY)
-)
-
-UNREADABLE_OBJECTS = "unreadable_objects"
-
 _GROUPS = {Channel.MINUTE: "bars", Channel.SECOND: "second_bars"}
-_KINDS = {"duckdb", "parquet"}
 
-raw_assets = [
-    dg.AssetSpec(
+# A run's start takes 5 to 10 s, as long as twenty days of a watch list; a hundred whole-market days take half an hour,
+# in which no other day is made.
+_DAYS_PER_RUN = 100
+
+# A check that is run by itself looks at so many of the last days.
+_CHECKED_DAYS = 5
+_NAMED_DAYS = 10
+# A backfill draws no pictures: hundreds are not looked at, and Dagster keeps each twice.
+_DRAWN_DAYS = 5
+
+
+class MakingConfig(dg.Config):
+    """How the datasets are checked."""
+
+    least_share: float = Field(
+        default=checks.LEAST_SHARE, ge=0, le=1, description="Of a ticker's traded minutes, those that must be there"
+    )
+
+
+def dataset_assets(project: Project) -> list[dg.AssetSpec | dg.AssetsDefinition]:
+    """The assets of the channels that are collected."""
+    return [
+        reference_asset(project),
+        *(_raw_asset(project, catalog.RAW[channel]) for channel in project.channels),
+        *(_channel_assets(project, channel) for channel in project.channels),
+    ]
+
+
+def _raw_asset(project: Project, dataset: Dataset) -> dg.AssetSpec:
+    return dg.AssetSpec(
         dataset.name,
         description=dataset.description,
-        partitions_def=trading_days,
+        partitions_def=project.trading_days,
         group_name=_GROUPS[dataset.channel],
         kinds={"websocket", "json"},
     )
-    for dataset in catalog.RAW.values()
-]
 
 
-def _normalized_asset(dataset: Dataset) -> dg.AssetsDefinition:
-    @dg.asset(
-        name=dataset.name,
-        description=dataset.description,
-        deps=[needed.name for needed in dataset.inputs],
-        partitions_def=trading_days,
-        io_manager_key="parquet",
-        automation_condition=_FOLLOW_RAW_BARS,
-        group_name=_GROUPS[dataset.channel],
-        kinds=_KINDS,
+def _channel_assets(project: Project, channel: Channel) -> dg.AssetsDefinition:
+    datasets = [dataset for dataset in catalog.FOLLOWING if dataset.channel is channel]
+
+    @dg.multi_asset(
+        name=f"{_GROUPS[channel]}_datasets",
+        specs=[
+            dg.AssetSpec(
+                dataset.name,
+                description=dataset.description,
+                deps=[needed.name for needed in dataset.inputs],
+                partitions_def=project.trading_days,
+                group_name=_GROUPS[channel],
+                kinds={"duckdb", "parquet"},
+                skippable=True,
+            )
+            for dataset in datasets
+        ],
+        check_specs=checks.specs(datasets),
+        can_subset=True,
+        backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=_DAYS_PER_RUN),
+        pool="datasets",  # one run at a time: a day takes both cores, and the collector keeps its place
     )
-    def normalized(context: dg.AssetExecutionContext, lake: LakeResource) -> Path:
-        return _normalize(context, lake, dataset)
+    def make(
+        context: dg.AssetExecutionContext, config: MakingConfig, lake: LakeResource
+    ) -> Iterator[dg.AssetCheckResult]:
+        opened = lake.open()
+        names = {key.to_user_string() for key in context.selected_asset_keys}
+        wanted = [dataset for dataset in datasets if dataset.name in names]
+        results: dict[date, list[checks.DayResult]] = {}
+        errors: dict[date, str] = {}
+        if wanted:
+            _make(context, opened, lake, wanted, config.least_share, results, errors)
+        else:
+            _check_again(context, opened, lake, config.least_share, results)
+        yield from checks.as_check_results(results, context.selected_asset_check_keys)
+        if errors:
+            raise dg.Failure(_failure(errors), allow_retries=False)
 
-    return normalized
+    return make
 
 
-normalized_assets = [_normalized_asset(dataset) for dataset in catalog.NORMALIZED.values()]
+def _make(
+    context: dg.AssetExecutionContext,
+    opened: Lake,
+    lake: LakeResource,
+    wanted: Sequence[Dataset],
+    least_share: float,
+    results: dict[date, list[checks.DayResult]],
+    errors: dict[date, str],
+) -> None:
+    """Makes the run's days, with each day's checks in results and why it could not be made in errors."""
+    as_of: dict[date, int] = {}
 
+    def wanted_of(day: date) -> Sequence[Dataset]:
+        roots = {root.name for dataset in wanted for root in catalog.roots(dataset)}
+        ids = latest_ids(context.instance, roots, {day.isoformat()}).get(day.isoformat(), {})
+        as_of[day] = max(ids.values(), default=0)
+        return _not_made_before(context, day, wanted)
 
-@dg.multi_asset(
-    outs={
-        dataset.name: dg.AssetOut(
-            description=dataset.description,
-            io_manager_key="parquet",
-            is_required=False,
-            automation_condition=_FOLLOW_BARS,
-            group_name=_GROUPS[dataset.channel],
-            kinds=_KINDS,
+    days = days_of(context.run.tags)
+    draw = len(days) <= _DRAWN_DAYS
+    for made in make_days(opened, days, wanted_of, lake.scratch(), datetime.now(UTC), live_run(opened), draw):
+        if isinstance(made, FailedDay):
+            errors[made.day] = _error_text(made, opened, wanted)
+            context.log.error(f"{made.day}: {errors[made.day]}")
+            continue
+        of_dataset = list(checks.check_day(opened, made, least_share))
+        results.setdefault(made.day, []).extend(of_dataset)
+        metadata = write_day(opened, made.dataset.name, made.day.isoformat(), made.file)
+        context.log_event(
+            dg.AssetMaterialization(
+                made.dataset.name,
+                partition=made.day.isoformat(),
+                metadata=metadata | _metadata(made, of_dataset) | {AS_OF: as_of[made.day]},
+            )
         )
-        for dataset in catalog.DERIVED
-    },
-    ins={"minutes": dg.AssetIn(catalog.NORMALIZED_BARS.name)},
-    partitions_def=trading_days,
-    can_subset=True,
-)
-def derived_bars(context: dg.AssetExecutionContext, lake: LakeResource, minutes: Path) -> Iterator[dg.Output[Path]]:
-    """One step for all, so that a day is fetched and scanned once."""
-    folder = lake.scratch()
-    with Resampling(date.fromisoformat(context.partition_key), minutes, folder) as resampling:
-        for name in sorted(context.op_execution_context.selected_output_names):
-            target = folder / f"{name}.parquet"
-            resampling.write(catalog.find(name), target)
-            yield dg.Output(target, output_name=name)
 
 
-@dg.asset(
-    name=catalog.BAR_COVERAGE.name,
-    description=catalog.BAR_COVERAGE.description,
-    ins={"minutes": dg.AssetIn(catalog.NORMALIZED_BARS.name)},
-    deps=[catalog.REFERENCE_BARS.name],
-    partitions_def=trading_days,
-    io_manager_key="parquet",
-    automation_condition=_FOLLOW_BARS_BEFORE_HISTORY,
-    group_name=_GROUPS[catalog.BAR_COVERAGE.channel],
-    kinds=_KINDS,
-)
-def coverage(context: dg.AssetExecutionContext, lake: LakeResource, minutes: Path) -> Path:
-    day = date.fromisoformat(context.partition_key)
-    opened, folder = lake.open(), lake.scratch()
-    reference: Path | None = None
-    with contextlib.suppress(MissingDataset):
-        reference = fetch_dataset(opened, catalog.REFERENCE_BARS.name, context.partition_key, folder)
-    ledgers, unreadable = read_ledgers(opened, day)
-    for key, reason in unreadable.items():
-        context.log.warning(f"{opened.url(key)} cannot be read, its connections are not known: {reason}")
-    target = folder / "coverage.parquet"
-    with Coverage(day, minutes, reference, connected_minutes(ledgers), folder, subscribed_tickers(ledgers)) as covering:
-        covering.write(target)
-        shown = worst_first(target, MOST_TICKERS)
-        picture = b64encode(heat_map(day, covering.minute_states(shown), shown)).decode()
-    context.add_output_metadata(
-        {
-            "picture": dg.MetadataValue.md(f"![coverage of {day}](data:image/png;base64,{picture})"),
-            "history": "known" if reference else "not there yet: a minute without a bar is no trade or lost, unknown",
-            **totals(target),
-        }
+def _not_made_before(context: dg.AssetExecutionContext, day: date, wanted: Sequence[Dataset]) -> Sequence[Dataset]:
+    """What is left to make of a day where an earlier try of this run was cut: that goes on where it was."""
+    root = context.run.root_run_id
+    if root is None:
+        return wanted
+    tries = context.instance.get_run_records(dg.RunsFilter(tags={"dagster/root_run_id": root}))
+    ours = {root, *(record.dagster_run.run_id for record in tries)}
+    left = []
+    for dataset in wanted:
+        latest = latest_materialization(context.instance, dataset.name, day.isoformat())
+        if latest is None or latest.run_id not in ours:
+            left.append(dataset)
+    return left
+
+
+def _check_again(
+    context: dg.AssetExecutionContext,
+    opened: Lake,
+    lake: LakeResource,
+    least_share: float,
+    results: dict[date, list[checks.DayResult]],
+) -> None:
+    """Checks what is on the lake: the run's days, or the last ones where the run has none."""
+    folder, now, live = lake.scratch(), datetime.now(UTC), live_run(opened)
+    for name in sorted({key.asset_key.to_user_string() for key in context.selected_asset_check_keys}):
+        dataset = catalog.find(name)
+        asked = [day.isoformat() for day in days_of(context.run.tags)]
+        for day in asked or sorted(made_days(context.instance, name))[-_CHECKED_DAYS:]:
+            latest = latest_materialization(context.instance, name, day)
+            known = latest.asset_materialization.metadata if latest and latest.asset_materialization else {}
+            made = MadeDataset(
+                date.fromisoformat(day),
+                dataset,
+                fetch_dataset(opened, name, day, folder),
+                current_status(opened, date.fromisoformat(day), folder, now, live),
+                {key: value.value for key, value in known.items()},
+            )
+            results.setdefault(made.day, []).extend(checks.check_day(opened, made, least_share))
+
+
+def _metadata(made: MadeDataset, results: Sequence[checks.DayResult]) -> dict[str, Any]:
+    found: dict[str, Any] = {"day_state": str(made.status.state), "day_state_detail": made.status.detail}
+    if results:
+        found["checks"] = checks.summary(results)
+    if made.picture:
+        found["picture"] = dg.MetadataValue.md(f"![coverage of {made.day}](data:image/png;base64,{made.picture})")
+    return found | made.facts
+
+
+def _error_text(failed: FailedDay, opened: Lake, wanted: Sequence[Dataset]) -> str:
+    return (
+        f"{failed.error} (channel {wanted[0].channel}) in {opened.uri}. Collect that day or materialize its "
+        f"{catalog.REFERENCE_BARS.name} first."
     )
-    return target
 
 
-def _normalize(context: dg.AssetExecutionContext, lake: LakeResource, dataset: Dataset) -> Path:
-    folder = lake.scratch()
-    target = folder / "normalized.parquet"
-    opened = lake.open()
-    try:
-        raw = normalize_day(opened, date.fromisoformat(context.partition_key), dataset.channel, target, folder)
-    except NoBars as error:
-        raise dg.Failure(
-            f"{error} (channel {dataset.channel}) in {opened.uri}. Collect that day or materialize its "
-            f"{catalog.REFERENCE_BARS.name} first.",
-            allow_retries=False,
-        ) from error
-    for key, reason in raw.unreadable.items():
-        context.log.warning(f"{opened.url(key)} could not be read: {reason}")
-    merge = raw.merge
-    context.add_output_metadata(
-        {
-            "frame_files": raw.frame_files,
-            "raw_objects_without_frames": raw.records,
-            "history": raw.reference.source if raw.reference else "none yet",
-            "bars_added_from_history": merge.added,
-            "bars_differing_from_history": merge.differing,
-            "bars_corrected_by_history": merge.corrected,
-            "differences": dg.MetadataValue.json(list(merge.examples)),
-            UNREADABLE_OBJECTS: dg.MetadataValue.json(dict(sorted(raw.unreadable.items())[:100])),
-        }
-    )
-    return target
+def _failure(errors: dict[date, str]) -> str:
+    first = next(iter(errors.values()))
+    if len(errors) == 1:
+        return first
+    named = ", ".join(map(str, [*errors][:_NAMED_DAYS])) + (" and more" if len(errors) > _NAMED_DAYS else "")
+    return f"{len(errors)} days could not be made, the others are: {named}. The first: {first}"

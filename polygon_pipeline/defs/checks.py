@@ -1,101 +1,134 @@
-"""The asset checks, each recorded for its trading day.
+"""The asset checks: what must hold of a day's datasets.
 
 Belongs here: how rules show in Dagster. Does not belong here: the rules (datasets.quality, datasets.coverage,
-lake.ledger).
+datasets.day_state, lake.ledger).
+
+A check is made with its dataset, for every day of the run, and each day's materialization says how its checks went. The
+check itself shows the last run: days in it that failed, and nothing of other days. So a day that can never be mended
+colours no other day.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
 
 from polygon_pipeline.datasets import quality
-from polygon_pipeline.datasets.catalog import BAR_COVERAGE, NORMALIZED, Dataset
+from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DAILY_BARS, NORMALIZED, Dataset
 from polygon_pipeline.datasets.coverage import below
-from polygon_pipeline.defs.assets import UNREADABLE_OBJECTS
-from polygon_pipeline.defs.partitions import latest_materialization, trading_days
-from polygon_pipeline.defs.resources import LakeResource
-from polygon_pipeline.lake.dataset_files import fetch_dataset
+from polygon_pipeline.datasets.day_state import DayState
+from polygon_pipeline.datasets.making import MadeDataset
 from polygon_pipeline.lake.ledger import reconcile
+from polygon_pipeline.lake.store import Lake
+
+# What share of a ticker's traded minutes must be there, from the stream or by repair.
+LEAST_SHARE = 0.99
 
 _NAMED = 20
 
-_RULES = {
+_OF_BARS = {
     "schema": "The file's columns and types are the documented ones.",
     **quality.ROW_RULES,
     "every_object_readable": "Every raw object of the day could be read.",
     "ledger_balances": "What the collector received is accounted for, and the objects it counted are on the lake.",
 }
+_RULES: dict[str, dict[str, str]] = {
+    **{dataset.name: _OF_BARS for dataset in NORMALIZED.values()},
+    BAR_COVERAGE.name: {
+        "traded_minutes_are_there": "Every ticker has its share of the minutes in which it traded, as far as the "
+        "history knows."
+    },
+    DAILY_BARS.name: {
+        "day_is_complete": "The day is known to its session's end; a warning while the session runs, an error after it."
+    },
+}
 
 
-def _checks_of(dataset: Dataset) -> dg.AssetChecksDefinition:
-    asset = dataset.name
-    with warnings.catch_warnings():
-        # Partitioned checks are a preview in Dagster 1.13; without them a check would not say of which day it is.
-        warnings.simplefilter("ignore", dg.PreviewWarning)
-        specs = [
-            dg.AssetCheckSpec(rule, asset=asset, description=text, partitions_def=trading_days)
-            for rule, text in _RULES.items()
-        ]
+@dataclass(frozen=True)
+class DayResult:
+    """One rule's result for one day."""
 
-    @dg.multi_asset_check(name=f"{asset}_checks", specs=specs)
-    def check_day(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> Iterator[dg.AssetCheckResult]:
-        opened = lake.open()
-        day = date.fromisoformat(context.partition_key)
-        file = fetch_dataset(opened, asset, context.partition_key, lake.scratch())
-        errors = quality.schema_errors(file, dataset)
-        yield _result(asset, "schema", not errors, {"errors": errors})
+    asset: str
+    rule: str
+    passed: bool
+    metadata: dict[str, Any] = field(default_factory=dict)
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR
+
+
+def specs(datasets: Iterable[Dataset]) -> list[dg.AssetCheckSpec]:
+    """The checks of these datasets."""
+    return [
+        dg.AssetCheckSpec(rule, asset=dataset.name, description=text)
+        for dataset in datasets
+        for rule, text in _RULES.get(dataset.name, {}).items()
+    ]
+
+
+def check_day(lake: Lake, made: MadeDataset, least_share: float = LEAST_SHARE) -> Iterator[DayResult]:
+    """Checks one dataset of one day. After a wrong schema the other rules are left out, as they read those columns."""
+    name = made.dataset.name
+    if made.dataset in NORMALIZED.values():
+        errors = quality.schema_errors(made.file, made.dataset)
+        yield DayResult(name, "schema", not errors, {"errors": errors})
         if errors:
-            return  # the other rules read those columns
-        for rule, verdict in quality.check_rows(file, day).items():
-            yield _result(asset, rule, not verdict.broken, {"rows": verdict.broken, "examples": verdict.examples})
-        unreadable = _unreadable(context, asset)
-        yield _result(asset, "every_object_readable", not unreadable, {"objects": sorted(unreadable)})
-        balance = reconcile(opened, day, dataset.channel)
-        yield _result(asset, "ledger_balances", not balance.errors, balance._asdict())
-
-    return check_day
-
-
-def _result(asset: str, rule: str, passed: bool, metadata: Mapping[str, Any]) -> dg.AssetCheckResult:
-    return dg.AssetCheckResult(asset_key=asset, check_name=rule, passed=passed, metadata=metadata)
-
-
-def _unreadable(context: dg.AssetCheckExecutionContext, asset: str) -> dict[str, str]:
-    """The objects that the day's latest materialization could not read."""
-    latest = latest_materialization(context.instance, asset, context.partition_key)
-    metadata = latest.asset_materialization.metadata if latest and latest.asset_materialization else {}
-    value = metadata[UNREADABLE_OBJECTS].value if UNREADABLE_OBJECTS in metadata else {}
-    return value if isinstance(value, dict) else {}
-
-
-class CoverageConfig(dg.Config):
-    """What share of a ticker's traded minutes must be there, from the stream or by repair."""
-
-    least_share: float = Field(default=0.99, ge=0, le=1)
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", dg.PreviewWarning)  # as above
-
-    @dg.asset_check(
-        asset=BAR_COVERAGE.name,
-        partitions_def=trading_days,
-        description="Every ticker has its share of the minutes in which it traded, as far as the history knows.",
-    )
-    def traded_minutes_are_there(
-        context: dg.AssetCheckExecutionContext, config: CoverageConfig, lake: LakeResource
-    ) -> dg.AssetCheckResult:
-        file = fetch_dataset(lake.open(), BAR_COVERAGE.name, context.partition_key, lake.scratch())
-        short = below(file, config.least_share)
+            return
+        for rule, verdict in quality.check_rows(made.file, made.day).items():
+            found = {"broken_rows": verdict.broken, "examples": verdict.examples}
+            yield DayResult(name, rule, not verdict.broken, found)
+        unreadable = made.facts.get("unreadable_objects", {})
+        yield DayResult(name, "every_object_readable", not unreadable, {"objects": sorted(unreadable)})
+        balance = reconcile(lake, made.day, made.dataset.channel)
+        yield DayResult(name, "ledger_balances", not balance.errors, balance._asdict())
+    elif made.dataset == BAR_COVERAGE:
+        short = below(made.file, least_share)
         named = [f"{found.ticker}: {found.collected} of {found.traded} minutes" for found in short[:_NAMED]]
-        return dg.AssetCheckResult(
-            passed=not short,
-            metadata={"tickers_below": len(short), "least_share": config.least_share, "worst": named},
+        found = {"tickers_below": len(short), "least_share": least_share, "worst": named}
+        yield DayResult(name, "traded_minutes_are_there", not short, found)
+    elif made.dataset == DAILY_BARS:
+        status = made.status
+        yield DayResult(
+            name,
+            "day_is_complete",
+            status.state in (DayState.COMPLETE, DayState.FINAL),
+            {"state": str(status.state), "detail": status.detail},
+            dg.AssetCheckSeverity.ERROR if status.is_over else dg.AssetCheckSeverity.WARN,
         )
 
 
-normalized_checks = [_checks_of(dataset) for dataset in NORMALIZED.values()]
+def summary(results: Sequence[DayResult]) -> str:
+    """A day's checks in one line, for its materialization."""
+    failed = [result.rule for result in results if not result.passed]
+    return f"{len(results) - len(failed)} of {len(results)} passed" + (
+        f"; failed: {', '.join(failed)}" if failed else ""
+    )
+
+
+def as_check_results(
+    results: dict[date, list[DayResult]], wanted: Collection[dg.AssetCheckKey]
+) -> Iterator[dg.AssetCheckResult]:
+    """One result per check, over all days: passed where it passed on every day that it was made for."""
+    for key in sorted(wanted, key=str):
+        mine = {
+            day: result
+            for day, of_day in sorted(results.items())
+            for result in of_day
+            if (result.asset, result.rule) == (key.asset_key.to_user_string(), key.name)
+        }
+        if not mine:
+            continue  # no day got so far: the run says why
+        failed = {day: result for day, result in mine.items() if not result.passed}
+        is_error = any(result.severity is dg.AssetCheckSeverity.ERROR for result in failed.values())
+        shown = next(iter(failed.values())) if len(mine) > 1 and failed else mine[max(mine)]
+        yield dg.AssetCheckResult(
+            asset_key=key.asset_key,
+            check_name=key.name,
+            passed=not failed,
+            severity=dg.AssetCheckSeverity.ERROR if is_error or not failed else dg.AssetCheckSeverity.WARN,
+            metadata={
+                "days": f"{min(mine)}" if len(mine) == 1 else f"{len(mine)} days, {min(mine)} to {max(mine)}",
+                "failed_days": [str(day) for day in failed][:_NAMED],
+                **shown.metadata,
+            },
+        )

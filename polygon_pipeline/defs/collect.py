@@ -21,10 +21,9 @@ from polygon_pipeline import demo
 from polygon_pipeline.collector import launching
 from polygon_pipeline.collector.collector import Collector, Plan, Progress
 from polygon_pipeline.datasets import catalog
-from polygon_pipeline.defs.partitions import trading_days
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
-from polygon_pipeline.defs.supervision import StopRequest, orphan_watch, report_canceling
-from polygon_pipeline.lake.ledger import Gap
+from polygon_pipeline.defs.supervision import PatientLog, Reports, StopRequest, orphan_watch, report_canceling
+from polygon_pipeline.lake.ledger import SESSION_OVER, Gap
 from polygon_pipeline.lake.store import LakeError
 from polygon_pipeline.market import calendar
 from polygon_pipeline.polygon.stream import StreamRefused
@@ -35,6 +34,8 @@ FEED_TAG = "polygon_pipeline/feed"
 FAILED_FOR_GOOD_TAG = "polygon_pipeline/failed_for_good"
 
 _CHECKPOINT_SECONDS = 300.0
+# How long a run waits at its end for Dagster's storage to take its last reports.
+_PATIENCE_SECONDS = 120.0
 
 # The reasons for which a run ends as canceled.
 _TERMINATED = "terminated"
@@ -84,8 +85,10 @@ def collect_aggregates(
                 feed_is_over,
                 lambda: _ORPHANED if is_orphan() else None,
             )
-            collector = Collector(opened, _plan(context.run_id, wanted, config, day, url), context.log)
-            reason = collector.run(ending, lambda progress: _report(context, wanted, progress))
+            reports = Reports(context.log_event)
+            collector = Collector(opened, _plan(context.run_id, wanted, config, day, url), PatientLog(context.log))
+            reason = collector.run(ending, lambda progress: _report(reports, wanted, progress))
+            reports.send(_PATIENCE_SECONDS)
         if reason in (_TERMINATED, _ORPHANED):
             report_canceling(context.instance, context.run_id, reason)
             raise dg.DagsterExecutionInterruptedError  # returning would call it a success
@@ -100,7 +103,10 @@ def collect_session() -> None:
 collect_aggregates_job = collect_session.to_job(
     name="collect_aggregates",
     executor_def=dg.in_process_executor,
-    tags={"dagster/max_retries": "0"},  # the sensor starts the next attempt
+    tags={
+        "dagster/max_retries": "0",  # the sensor starts the next attempt
+        "dagster/priority": "10",  # before everything that is queued
+    },
     description="Collects one session's aggregates. Started by market_session_sensor, or by hand.",
 )
 
@@ -153,7 +159,7 @@ def _feed(wanted: Settings, day: date) -> Iterator[tuple[str, Ending]]:
             yield feed
         return
     end = launching.session_end(day)
-    yield wanted.websocket_url, lambda: "the session is over" if datetime.now(UTC) >= end else None
+    yield wanted.websocket_url, lambda: SESSION_OVER if datetime.now(UTC) >= end else None
 
 
 def _first_of(*reasons: Ending) -> Ending:
@@ -165,15 +171,14 @@ def _after(seconds: float | None) -> Ending:
     return lambda: f"stop_after_seconds ({seconds:g}) are over" if time.monotonic() >= deadline else None
 
 
-def _report(context: dg.OpExecutionContext, wanted: Settings, progress: Progress) -> None:
+def _report(reports: Reports, wanted: Settings, progress: Progress) -> None:
     """Materializes the raw assets of every trading day that got bars."""
     account = progress.account
     for day in sorted(progress.dates):
-        if not trading_days.has_partition_key(day.isoformat()):
-            context.log.warning(f"{day} is not a trading day; its bars are on the lake, but it has no partition")
-            continue
+        if calendar.session(day) is None:
+            continue  # its bars are on the lake, but it has no partition
         for channel, count in sorted(account.days[day].items()):
-            context.log_event(
+            reports.add(
                 dg.AssetMaterialization(
                     catalog.RAW[channel].name,
                     partition=day.isoformat(),
@@ -195,6 +200,7 @@ def _report(context: dg.OpExecutionContext, wanted: Settings, progress: Progress
                     },
                 )
             )
+    reports.send()
 
 
 def _as_text(gap: Gap) -> dict[str, str]:

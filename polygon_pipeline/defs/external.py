@@ -11,7 +11,7 @@ import msgspec
 
 from polygon_pipeline.collector.lease import read_lease
 from polygon_pipeline.datasets.catalog import RAW_BARS
-from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.lake.external import Found, Position, Report, is_news, look
 from polygon_pipeline.lake.ledger import objects_counted
@@ -30,7 +30,7 @@ _REPORTS_LOOKED_AT = 100
 @dg.sensor(
     name=_NAME,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=60,
+    minimum_interval_seconds=120,
     description="Notices raw-data objects that another program wrote, and reports their days as raw bars.",
 )
 def external_raw_data_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SensorResult:
@@ -64,8 +64,10 @@ def _report(
     if found.error:
         context.log.warning(f"the raw data of {day} cannot be listed: {found.error}. Remove that object.")
         return None
-    if not trading_days.has_partition_key(day):
-        context.log.warning(f"{day} is not a trading day; its {found.objects} objects are left where they are")
+    if not Project.from_environment().is_partition(found.day):
+        context.log.warning(
+            f"{day} is no trading day since POLYGON_HISTORY_START; its {found.objects} objects are left where they are"
+        )
         return None
     if not is_news(found, _last_report(context.instance, day), now, today):
         return None

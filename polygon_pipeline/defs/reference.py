@@ -10,44 +10,81 @@ from typing import Any
 
 import dagster as dg
 
+from polygon_pipeline.collector.lease import live_run
 from polygon_pipeline.datasets.catalog import RAW_BARS, REFERENCE_BARS
-from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, fetch_days
-from polygon_pipeline.defs.partitions import latest_materialization, trading_days
+from polygon_pipeline.datasets.day_state import day_status
+from polygon_pipeline.datasets.reference_sources import SETTLED, FailedDay, FetchedDay, fetch_days
+from polygon_pipeline.datasets.staleness import PastRepair, next_repair, reference_is_due
+from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_materialization, made_days
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.writer import day_metadata, write_day
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError, brief
+from polygon_pipeline.lake.store import Lake, LakeError
 from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline.settings import ConfigurationError
 
 # As many days as one REST answer holds, so that a year of a ticker takes six requests and not 252. Flat files are a
 # day each whatever the run's length, and 50 of the whole market take some five minutes.
-_DAYS_PER_RUN = 50
+DAYS_PER_RUN = 50
 
 _KNOWN_UNTIL = "known_until"
 
-# Sessions whose gaps are looked at: a gap in the last minutes of a day settles after the day's end.
-_SESSIONS_LOOKED_AT = 2
+# Two weeks: a day that is not final by then is a backfill. An older one costs a request to the lake at every tick.
+_SESSIONS_LOOKED_AT = 10
+# More than a day of tries at the longest pause.
+_REPAIRS_LOOKED_AT = 20
+
+REPAIR_TAG = "polygon_pipeline/repair"
 
 
-@dg.asset(
-    name=REFERENCE_BARS.name,
-    description=REFERENCE_BARS.description,
-    partitions_def=trading_days,
-    backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=_DAYS_PER_RUN),
-    output_required=False,
-    pool="history",
-    group_name="bars",
-    kinds={"rest", "parquet"},
-)
-def reference(
-    context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource
-) -> Iterator[dg.MaterializeResult[None]]:
-    days = [date.fromisoformat(key) for key in context.partition_keys]
+def reference_asset(project: Project) -> dg.AssetsDefinition:
+    """The asset for these partitions."""
+
+    @dg.asset(
+        name=REFERENCE_BARS.name,
+        description=REFERENCE_BARS.description,
+        partitions_def=project.trading_days,
+        backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=DAYS_PER_RUN),
+        output_required=False,
+        pool="history",
+        group_name="bars",
+        kinds={"rest", "parquet"},
+    )
+    def reference(
+        context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource
+    ) -> Iterator[dg.MaterializeResult[None]]:
+        days = days_of(context.run.tags)
+        news: dict[str, dict[str, Any]] = {}
+        problems: list[Exception] = []
+        for result, metadata in _fetched(context, polygon, lake, days):
+            if metadata is not None:
+                news[result.day.isoformat()] = metadata
+            elif isinstance(result, FailedDay) and not isinstance(result.problem, NotYetPublished):
+                problems.append(result.problem)
+        if len(news) == len(days):
+            for day, metadata in news.items():
+                context.add_asset_metadata(metadata, partition_key=day)
+            yield dg.MaterializeResult()  # it stands for all days, and lets what follows in the same run begin
+            return
+        context.log.info(f"{len(news)} of {len(days)} days are new or changed")
+        for day, metadata in news.items():
+            context.log_event(dg.AssetMaterialization(REFERENCE_BARS.name, partition=day, metadata=metadata))
+        if problems:
+            passing = any(isinstance(problem, HistoryUnavailable) for problem in problems)
+            raise dg.Failure(
+                f"{len(problems)} of {len(days)} days could not be fetched; the first: {problems[0]}",
+                allow_retries=passing,
+            )
+
+    return reference
+
+
+def _fetched(
+    context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource, days: Sequence[date]
+) -> Iterator[tuple[FetchedDay | FailedDay, dict[str, Any] | None]]:
+    """Fetches and stores days, each with the metadata to report, or None where there is nothing to report."""
     asked_by_schedule = "dagster/schedule_name" in context.run.tags
-    news: dict[str, dict[str, Any]] = {}
-    problems: list[Exception] = []
     try:
         with polygon.history() as sources:
             opened = lake.open()
@@ -56,9 +93,10 @@ def reference(
                 if isinstance(result, FetchedDay):
                     metadata = _store(opened, result)
                     is_known = not result.is_new and _made_at(context.instance, result.day) >= expected_at(result.day)
-                    if not (asked_by_schedule and is_known):  # who asks by hand or by a backfill waits for the answer
-                        news[result.day.isoformat()] = metadata
-                elif isinstance(result.problem, NotYetPublished):
+                    # Whoever asks by hand or by a backfill waits for the answer.
+                    yield result, None if asked_by_schedule and is_known else metadata
+                    continue
+                if isinstance(result.problem, NotYetPublished):
                     when = result.problem.next_try
                     context.log.warning(
                         f"{result.day} is skipped: {result.problem}"
@@ -66,22 +104,9 @@ def reference(
                     )
                 else:
                     context.log.error(f"{result.day}: {result.problem}")
-                    problems.append(result.problem)
+                yield result, None
     except (ConfigurationError, LakeError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    if len(news) == len(days):
-        for day, metadata in news.items():
-            context.add_asset_metadata(metadata, partition_key=day)
-        yield dg.MaterializeResult()  # it stands for all days of the run, and lets what follows in the same run begin
-        return
-    context.log.info(f"{len(news)} of {len(days)} days are new or changed")
-    for day, metadata in news.items():
-        context.log_event(dg.AssetMaterialization(REFERENCE_BARS.name, partition=day, metadata=metadata))
-    if problems:
-        passing = any(isinstance(problem, HistoryUnavailable) for problem in problems)
-        raise dg.Failure(
-            f"{len(problems)} of {len(days)} days could not be fetched; the first: {problems[0]}", allow_retries=passing
-        )
 
 
 def _store(lake: Lake, fetched: FetchedDay) -> dict[str, Any]:
@@ -116,41 +141,70 @@ def _known_until_ms(instance: dg.DagsterInstance, day: date) -> int:
 
 
 reference_job = dg.define_asset_job(
-    "reference", selection=[reference], description="Fetches the vendor's own minute bars of trading days."
+    "reference",
+    selection=[REFERENCE_BARS.name],
+    description="Fetches the vendor's own minute bars of trading days.",
 )
 
 
 @dg.sensor(
     job=reference_job,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=60,
-    description="After a gap in the collection, asks for the vendor's history; the day's datasets then follow.",
+    minimum_interval_seconds=120,
+    description="Asks for the vendor's history of a day after a gap, and once it is published; the datasets follow.",
 )
-def repair_sensor(
-    context: dg.SensorEvaluationContext, polygon: PolygonResource, lake: LakeResource
-) -> dg.SensorResult | dg.SkipReason:
-    try:
-        opened = lake.open()
-        requests = []
-        for day in _recent_sessions(context.instance):
-            ledgers, unreadable = read_ledgers(opened, day)
-            for key, reason in unreadable.items():
-                context.log.warning(f"{opened.url(key)} cannot be read, its gaps are not known: {reason}")
-            known_until_ms = _known_until_ms(context.instance, day)
-            due = repairable_gaps(ledgers, known_until_ms, SETTLED, datetime.now(UTC))
-            if due:
-                last = max(gap.last_minute for gap in due if gap.last_minute)
-                context.log.info(f"{day}: {len(due)} gaps to repair, the last up to {last:%H:%M} UTC")
-                key = day.isoformat()
-                requests.append(dg.RunRequest(run_key=f"{key}-{last.isoformat()}", partition_key=key))
-    except (*STORE_ERRORS, LakeError, ConfigurationError) as error:
-        return dg.SkipReason(f"the ledgers cannot be read: {brief(error)}")
-    if not requests:
-        return dg.SkipReason("no gap to repair that the vendor's history could fill by now")
-    return dg.SensorResult(run_requests=requests)
+def repair_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SensorResult | dg.SkipReason:
+    opened, now = lake.open(), datetime.now(UTC)
+    requests: list[dg.RunRequest] = []
+    waiting: list[str] = []
+    live = live_run(opened)
+    for day in _recent_sessions(context.instance):
+        reason = _reason(context, opened, day, now, live)
+        if reason is None:
+            continue
+        past = _past_repairs(context.instance, day)
+        next_try = next_repair(past, now)
+        if next_try > now:
+            waiting.append(f"{day} from {next_try:%H:%M} UTC on")
+            continue
+        context.log.info(f"{day}: {reason}")
+        key = day.isoformat()
+        requests.append(
+            dg.RunRequest(run_key=f"{key}-{len(past) + 1}", partition_key=key, tags={REPAIR_TAG: key, **URGENT})
+        )
+    if requests:
+        return dg.SensorResult(run_requests=requests)
+    later = f"; asked before and asked again: {', '.join(waiting)}" if waiting else ""
+    return dg.SkipReason(f"no gap to repair and no day to complete that the vendor's history could fill by now{later}")
+
+
+def _reason(context: dg.SensorEvaluationContext, lake: Lake, day: date, now: datetime, live: str | None) -> str | None:
+    """Why a day's history is to be asked for, or None if it is not."""
+    known_until_ms = _known_until_ms(context.instance, day)
+    ledgers, unreadable = read_ledgers(lake, day)
+    for key, reason in unreadable.items():
+        context.log.warning(f"{lake.url(key)} cannot be read, its gaps are not known: {reason}")
+    if gaps := repairable_gaps(day, ledgers, known_until_ms, SETTLED, now, live):
+        first, last = gaps[0][0], gaps[-1][1]
+        return f"{len(gaps)} gaps to repair, from {first:%H:%M} to {last:%H:%M} UTC"
+    status = day_status(day, ledgers, known_until_ms, now, live)
+    if status.is_over and reference_is_due(day, known_until_ms, now):
+        return f"it is {status.state}, and its history is published"
+    return None
+
+
+def _past_repairs(instance: dg.DagsterInstance, day: date) -> list[PastRepair]:
+    """The runs this sensor has asked for of a day, newest first."""
+    records = instance.get_run_records(dg.RunsFilter(tags={REPAIR_TAG: day.isoformat()}), limit=_REPAIRS_LOOKED_AT)
+    return [
+        PastRepair(
+            None if record.end_time is None else datetime.fromtimestamp(record.end_time, UTC),
+            record.dagster_run.is_success,
+        )
+        for record in records
+    ]
 
 
 def _recent_sessions(instance: dg.DagsterInstance) -> Sequence[date]:
     """The last trading days with raw bars; the demo's are days ago."""
-    collected = sorted(instance.get_materialized_partitions(dg.AssetKey(RAW_BARS.name)))
-    return [date.fromisoformat(key) for key in collected[-_SESSIONS_LOOKED_AT:]]
+    return [date.fromisoformat(key) for key in sorted(made_days(instance, RAW_BARS.name))[-_SESSIONS_LOOKED_AT:]]

@@ -1,7 +1,8 @@
-"""The sensors: one starts the collector, one finds lost runs, one lets datasets follow their inputs.
+"""The collector's sensors: one starts it, one finds lost runs.
 
 Belongs here: shells around pure decisions (collector.launching, demo). Does not belong here: what the processes of runs
-are asked (defs.supervision), and sensors of one asset (reference, external).
+are asked (defs.supervision), and sensors of datasets (following, reference,
+external).
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from polygon_pipeline.defs.supervision import (
     fail_lost_collectors,
 )
 from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
-from polygon_pipeline.settings import ConfigurationError
 
 ATTEMPT_TAG = "polygon_pipeline/attempt"
 _LOADED_AT = datetime.now(UTC)
@@ -46,10 +46,7 @@ _RUNS_LOOKED_AT = 200
 def market_session_sensor(
     context: dg.SensorEvaluationContext, polygon: PolygonResource
 ) -> dg.RunRequest | dg.SkipReason:
-    try:
-        wanted = polygon.settings()
-    except ConfigurationError as error:
-        return dg.SkipReason(f"nothing is collected: {error}")
+    wanted = polygon.settings()  # what cannot work fails the tick, in red and with its sentence
     decide = demo.decide if wanted.is_demo else decide_live
     decision = decide(datetime.now(UTC), _LOADED_AT, _past_runs(context.instance, wanted.feed))
     if not isinstance(decision, Start):
@@ -65,7 +62,7 @@ def market_session_sensor(
 
 @dg.sensor(
     default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=5,  # a lost collector's successor waits for this and for the sensor that starts it
+    minimum_interval_seconds=20,  # each tick leaves 1.5 kB; a lost collector's successor waits for one
     description="Reports runs failed whose process is lost, so that the next attempt can start.",
 )
 def lost_runs_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SkipReason:
@@ -73,7 +70,7 @@ def lost_runs_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) ->
     failed = fail_killed_runs(context.instance, but=job, log=context.log)
     try:
         failed += fail_lost_collectors(context.instance, job, lake.open(), context.log)
-    except (*STORE_ERRORS, LakeError, ConfigurationError) as error:
+    except (*STORE_ERRORS, LakeError) as error:
         return dg.SkipReason(f"the lease cannot be read, so no collector counts as lost: {brief(error)}")
     return dg.SkipReason(
         f"runs reported failed because their process is lost: {failed}" if failed else "no run is lost"
@@ -104,13 +101,3 @@ def _outcome(run: dg.DagsterRun) -> Outcome:
     if run.status is dg.DagsterRunStatus.CANCELED or run.tags.get(STOPPED_TAG) == LOST:
         return Outcome.INTERRUPTED
     return Outcome.FAILED_FOR_GOOD if FAILED_FOR_GOOD_TAG in run.tags else Outcome.FAILED
-
-
-# The sensor that Dagster would make by itself is off in a new instance.
-datasets_follow_sensor = dg.AutomationConditionSensorDefinition(
-    "datasets_follow_sensor",
-    target=dg.AssetSelection.all(),
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds=15,
-    description="Makes the datasets of a day again whenever their inputs have changed.",
-)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import dagster as dg
 
@@ -30,6 +30,47 @@ LOST = "death"
 # A run in one of these states has a process, or is about to get or to end one.
 _MANAGED = {dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING}
 _LOOK_AT_RUN_SECONDS = 5.0
+_RETRY_SECONDS = 2.0
+
+_TERMINAL = logging.getLogger(__name__)
+
+
+class PatientLog(logging.LoggerAdapter[logging.Logger]):
+    """Dagster's log for what must go on while Dagster's storage is away: then a line goes to the terminal alone."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        try:
+            self.logger.log(level, msg, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 whatever Dagster's storage raises
+            _TERMINAL.log(level, f"{msg} (Dagster's storage could not take this: {error})")
+
+
+class Reports:
+    """Materializations that are reported again until Dagster's storage has taken them.
+
+    report: takes a partition's latest materialization; what is reported later of the same partition replaces it.
+    """
+
+    def __init__(self, log_event: Callable[[dg.AssetMaterialization], None]) -> None:
+        self._log_event = log_event
+        self._waiting: dict[tuple[str, str | None], dg.AssetMaterialization] = {}
+
+    def add(self, event: dg.AssetMaterialization) -> None:
+        self._waiting[event.asset_key.to_user_string(), event.partition] = event
+
+    def send(self, patience_seconds: float = 0.0) -> None:
+        """Reports what waits, and tries again for so long where Dagster's storage does not take it."""
+        deadline = time.monotonic() + patience_seconds
+        while self._waiting:
+            try:
+                for key, event in list(self._waiting.items()):
+                    self._log_event(event)
+                    del self._waiting[key]
+            except Exception as error:  # noqa: BLE001 whatever Dagster's storage raises
+                _TERMINAL.warning(f"Dagster's storage is away, its reports wait: {error}")
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(_RETRY_SECONDS)
 
 
 class StopRequest:
@@ -71,7 +112,11 @@ def orphan_watch(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Callable[[
         if time.monotonic() < looked + _LOOK_AT_RUN_SECONDS:
             return False
         looked = time.monotonic()
-        current = instance.get_run_by_id(run.run_id)
+        try:
+            current = instance.get_run_by_id(run.run_id)
+        except Exception as error:  # noqa: BLE001 a storage that is away says nothing about the run
+            _TERMINAL.warning(f"Dagster's storage is away, so the run's status is not known: {error}")
+            return False
         return current is None or current.status not in _MANAGED
 
     return is_orphan
@@ -100,6 +145,8 @@ def fail_lost_collectors(instance: dg.DagsterInstance, job_name: str, lake: Lake
     failed = 0
     for record in records:
         run = record.dagster_run
+        if _has_process(instance, record):
+            continue  # it may be without a lease because its store is away
         began = datetime.fromtimestamp(record.start_time, UTC) if record.start_time else record.create_timestamp
         if cause := why_lost(datetime.now(UTC), run.run_id, began, lease):
             message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
@@ -129,6 +176,14 @@ def fail_killed_runs(instance: dg.DagsterInstance, but: str, log: logging.Logger
             instance.report_run_failed(run, f"The run's process {pid} is gone: it was killed, or the machine.")
             failed += 1
     return failed
+
+
+def _has_process(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool:
+    """Whether a run's process is known to live: the default launcher started it, on this machine."""
+    if not isinstance(instance.run_launcher, dg.DefaultRunLauncher):
+        return False
+    pid = _process_of(instance, record.dagster_run.run_id)
+    return pid is not None and _is_alive(pid, record.start_time or 0.0)
 
 
 def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:

@@ -23,10 +23,14 @@ import msgspec
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.calendar import session
 
 # Which time says what a connection covered. "processing": the clock, because a minute's bar comes within seconds of
 # the minute's end. "event": the bars' own, because the feed plays a past day, faster than the clock (a simulator).
 TimeBase = Literal["processing", "event"]
+
+# Why a run ended that was there to its session's end.
+SESSION_OVER = "the session is over"
 
 _MINUTE_TOPICS = f"{Channel.MINUTE}."
 _MINUTE = timedelta(minutes=1)
@@ -207,7 +211,7 @@ def connected_minutes(ledgers: Iterable[Ledger]) -> list[tuple[int, int]]:
 
     Whatever is outside was lost on no connection: before the first run, in every run's gap, after the last. A minute
     that is in one run's gap and not in another's is inside. A connection without an end, of a run that goes on or
-    died, counts to the last frame that the ledger knows of.
+    is lost, counts to the last frame that the ledger knows of.
     """
     found: list[tuple[datetime, datetime]] = []
     for ledger in ledgers:
@@ -215,11 +219,10 @@ def connected_minutes(ledgers: Iterable[Ledger]) -> list[tuple[int, int]]:
             continue
         for connection in ledger.account.connections:
             if ledger.time_base == "event":
-                # The first and the last minute of a connection may have come in part.
-                begin, end = _minute(connection.first_bar_ms), _minute(connection.last_bar_ms)
-                if begin is None or end is None:
+                played = _played_minutes(ledger, connection)
+                if played is None:
                     continue
-                first, last = begin + _MINUTE, end - _MINUTE
+                first, last = played
             else:
                 until = connection.until or ledger.account.last_received_at or connection.since
                 first, last = _last_lost(connection.since) + _MINUTE, _first_lost(until) - _MINUTE
@@ -253,24 +256,70 @@ def market_time(ledgers: Iterable[Ledger], now: datetime) -> datetime:
     return datetime.fromtimestamp(max(newest_ms) / 1000 + 60, UTC) if newest_ms else now
 
 
+def missing_minutes(
+    day: date, ledgers: Sequence[Ledger], until: datetime, live_run: str | None = None
+) -> list[tuple[datetime, datetime]]:
+    """The minutes of a session that reached no run, as (first, last) starts, both included, in order.
+
+    Between runs and after a run's early end as much as between two connections of one. until: minutes that end later
+    are left out. live_run: the run that collects now; what comes after its last frame is not missing yet.
+    """
+    found = session(day)
+    if found is None:
+        return []
+    end = min(found.post_close, until)
+    connected = [
+        (datetime.fromtimestamp(first / 1000, UTC), datetime.fromtimestamp(last / 1000, UTC))
+        for first, last in connected_minutes(ledgers)
+    ]
+    if any(ledger.run == live_run for ledger in ledgers) and connected:
+        end = min(end, connected[-1][1] + _MINUTE)
+    missing: list[tuple[datetime, datetime]] = []
+    start = found.pre_open
+    for first, last in [*connected, (end, end)]:
+        if start + _MINUTE <= min(first, end):
+            last_missing = (min(first, end) - _MINUTE).replace(second=0, microsecond=0)
+            missing.append((start, last_missing))
+        start = max(start, last + _MINUTE)
+    return missing
+
+
 def repairable_gaps(
-    ledgers: Sequence[Ledger], known_until_ms: int, settled_after: timedelta, now: datetime
-) -> list[Gap]:
-    """The gaps that the vendor's history can fill now: over, settled, and reaching beyond what is known already.
+    day: date,
+    ledgers: Sequence[Ledger],
+    known_until_ms: int,
+    settled_after: timedelta,
+    now: datetime,
+    live_run: str | None = None,
+) -> list[tuple[datetime, datetime]]:
+    """The gaps that the vendor's history can fill now: over and settled, and reaching beyond what is known already.
 
     known_until_ms: bars that start before this (Unix ms) are in the day's reference. settled_after: how long after a
     minute's end its bar may still be revised.
     """
     clock = market_time(ledgers, now)
     return [
-        gap
-        for ledger in ledgers
-        for gap in ledger.gaps
-        if gap.first_minute
-        and gap.last_minute
-        and gap.last_minute + _MINUTE + settled_after <= clock
-        and gap.last_minute.timestamp() * 1000 >= known_until_ms
+        (first, last)
+        for first, last in missing_minutes(day, ledgers, clock, live_run)
+        if last + _MINUTE + settled_after <= clock and last.timestamp() * 1000 >= known_until_ms
     ]
+
+
+def _played_minutes(ledger: Ledger, connection: Connection) -> tuple[datetime, datetime] | None:
+    """The minutes that a connection of a run in event time covered whole, or None where it brought no bar."""
+    begin, end = _minute(connection.first_bar_ms), _minute(connection.last_bar_ms)
+    played = session(ledger.session_date)
+    if begin is None or end is None or played is None:
+        return None
+    # The feed starts when the run subscribes, and ends with the session. Between, the first and the last minute of a
+    # connection may have come in part.
+    connections = ledger.account.connections
+    is_first, is_last = connection is connections[0], connection is connections[-1]
+    first = played.pre_open if is_first else begin + _MINUTE
+    last = end - _MINUTE
+    if is_last and ledger.account.ended_by == SESSION_OVER:
+        last = played.post_close - _MINUTE
+    return first, last
 
 
 def _day_counts(ledgers: Iterable[Ledger], day: date, channel: Channel) -> list[DayCount]:

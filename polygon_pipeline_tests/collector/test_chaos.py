@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.collector.collector import Collector, Progress
-from polygon_pipeline.datasets.inputs import normalize_day
+from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
 from polygon_pipeline.lake.ledger import Ledger
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
@@ -301,7 +301,7 @@ def _normalized_bars_hold(
     ]
     folder = session.folder / f"normalize-{channel}"
     folder.mkdir()
-    raw = normalize_day(session.lake, DAY, channel, folder / "data.parquet", folder)
+    raw = normalize_day(session.lake, fetch_raw(session.lake, DAY, channel, folder), folder / "data.parquet", folder)
     assert raw.unreadable == {}
     assert raw.records == 0, "every bar is in the frames"
     assert pq.read_table(folder / "data.parquet").drop_columns("received_at").to_pylist() == expected

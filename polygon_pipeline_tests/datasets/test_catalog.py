@@ -15,6 +15,7 @@ from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs.writer import day_metadata
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline_tests.support.bars import DAY
+from polygon_pipeline_tests.support.materializing import PROJECT
 
 MADE = [dataset for dataset in DATASETS if dataset.columns]
 every_made_dataset = pytest.mark.parametrize("dataset", MADE, ids=[dataset.name for dataset in MADE])
@@ -45,7 +46,7 @@ def test_every_dataset_comes_after_its_inputs() -> None:
 
 
 def test_the_parents_in_the_asset_graph_are_the_inputs() -> None:
-    graph = build_defs().get_repository_def().asset_graph
+    graph = build_defs(PROJECT).get_repository_def().asset_graph
     parents = {
         dataset.name: {key.to_user_string() for key in graph.get(dg.AssetKey(dataset.name)).parent_keys}
         for dataset in DATASETS

@@ -48,6 +48,7 @@ def test_every_state_has_its_minute(tmp_path: Path) -> None:
         "traded_minutes": 5,
         "lost_disconnected": 1,
         "lost_connected": 2,
+        "not_collected_minutes": 0,
         "repaired_minutes": 1,
         "corrected_minutes": 1,
         "late_minutes": 0,

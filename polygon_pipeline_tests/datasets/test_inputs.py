@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from polygon_pipeline.datasets.inputs import RawDay, normalize_day
+from polygon_pipeline.datasets.inputs import RawDay, fetch_raw, normalize_day
 from polygon_pipeline.datasets.merge import Merge
 from polygon_pipeline.datasets.normalize import NoBars
 from polygon_pipeline.datasets.reference import ReferenceInfo
@@ -36,7 +36,7 @@ from polygon_pipeline_tests.support.day_files import read, reference_file
 def normalize(lake: Lake, folder: Path, day: date = DAY, channel: Channel = Channel.MINUTE) -> tuple[RawDay, list[Row]]:
     scratch = folder / "scratch"
     scratch.mkdir()
-    raw = normalize_day(lake, day, channel, folder / "out.parquet", scratch)
+    raw = normalize_day(lake, fetch_raw(lake, day, channel, scratch), folder / "out.parquet", scratch)
     return raw, read(folder / "out.parquet")
 
 

@@ -281,7 +281,6 @@ def test_an_archive_cut_short_is_reported_and_the_others_are_used(tmp_path: Path
     assert list(unreadable) == [bad]
 
 
-@pytest.mark.xfail(strict=True, reason="Python cannot decode DuckDB's message where it is cut within a character")
 def test_a_frame_is_read_by_the_decoder_where_duckdb_cuts_its_error_message_within_a_character(tmp_path: Path) -> None:
     for length in range(12):
         status = {"ev": "status", "status": "x" * length + "\N{LINEAR B SYLLABLE B008 A}" * 20}

@@ -17,12 +17,13 @@ import pytest
 from polygon_pipeline.collector.collector import Collector
 from polygon_pipeline.datasets.catalog import REFERENCE_BARS
 from polygon_pipeline.datasets.coverage import Coverage, State
-from polygon_pipeline.datasets.inputs import normalize_day
+from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
 from polygon_pipeline.datasets.reference import Pages, read_reference_info
 from polygon_pipeline.datasets.reference_sources import SETTLED, FailedDay, FetchedDay, Sources, fetch_days
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset, put_dataset
 from polygon_pipeline.lake.ledger import (
+    SESSION_OVER,
     Account,
     Connection,
     connected_minutes,
@@ -263,7 +264,7 @@ def _collect(lake: Lake, folder: Path, exchange: Exchange) -> None:
         write_objects=False,
         time_base="event",
     )
-    over = lambda: "the simulated session is over" if exchange.finished.is_set() else None  # noqa: E731
+    over = lambda: SESSION_OVER if exchange.finished.is_set() else None  # noqa: E731
     Collector(lake, wanted, logging.getLogger("quiet")).run(over, lambda _: None)
 
 
@@ -290,14 +291,14 @@ def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_v
 
     ledgers, unreadable = read_ledgers(file_lake, DAY)
     assert unreadable == {}
-    assert len(repairable_gaps(ledgers, 0, SETTLED, LATER)) == 1
+    assert len(repairable_gaps(DAY, ledgers, 0, SETTLED, LATER)) == 1
     with vendor(tmp_path, history) as vendor_:
         fetched(file_lake, [DAY], vendor_.sources((*TICKERS, QUIET)), tmp_path)
     known = read_reference_info(reference(file_lake, DAY, tmp_path))
-    assert repairable_gaps(ledgers, known.until_ms, SETTLED, LATER) == []
+    assert repairable_gaps(DAY, ledgers, known.until_ms, SETTLED, LATER) == []
 
     normalized = tmp_path / "normalized.parquet"
-    normalize_day(file_lake, DAY, Channel.MINUTE, normalized, tmp_path)
+    normalize_day(file_lake, fetch_raw(file_lake, DAY, Channel.MINUTE, tmp_path), normalized, tmp_path)
     assert bars_of(normalized) == truth(DAY, history)
 
     connected, subscribed = connected_minutes(ledgers), subscribed_tickers(ledgers)
@@ -355,7 +356,7 @@ def test_a_partial_history_repairs_what_it_reaches_and_a_revision_received_later
     line = archive.frame_line(asked + timedelta(minutes=1), msgspec.json.encode([event]), ())
     file_lake.put(layout.frames_key(DAY, "run", 1), archive.compress([line]))
     normalized = tmp_path / "normalized.parquet"
-    raw = normalize_day(file_lake, DAY, Channel.MINUTE, normalized, tmp_path)
+    raw = normalize_day(file_lake, fetch_raw(file_lake, DAY, Channel.MINUTE, tmp_path), normalized, tmp_path)
     rows = pq.read_table(normalized).to_pylist()
     assert [(row["close"], row["source"]) for row in rows] == [(bar["l"], "websocket"), (bar["c"], "rest")]
     assert (raw.merge.added, raw.merge.kept) == (1, 1)

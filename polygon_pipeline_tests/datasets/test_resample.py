@@ -133,6 +133,7 @@ def test_daily_bars_equal_those_of_plain_python(tmp_path: Path, day: date) -> No
                 "first_bar": regular[0]["timestamp"],
                 "last_bar": regular[-1]["timestamp"],
                 "official_open": [row["day_open"] for row in bars if row["day_open"] is not None][-1],
+                "day_state": "partial",
             }
         )
     assert day_row(tmp_path, day, table(random.Random(0).sample(rows, len(rows)))) == expected

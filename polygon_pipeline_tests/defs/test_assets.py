@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 
-from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DERIVED, NORMALIZED_BARS, RESAMPLED
+from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DAILY_BARS, DERIVED, NORMALIZED_BARS, RESAMPLED
 from polygon_pipeline.definitions import build_defs
-from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.assets import _not_made_before
+from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline_tests.support.bars import ARRIVAL, DAY, NOON, aggregate, line
+from polygon_pipeline.market.calendar import trading_days
+from polygon_pipeline_tests.support.bars import ARRIVAL, DAY, NOON, aggregate, at, line
 from polygon_pipeline_tests.support.day_files import read
 from polygon_pipeline_tests.support.materializing import latest_metadata, materialize
 
-_FOLLOWED_DAY = "2026-11-16"
+PROJECT = Project()
 _DATASETS = [NORMALIZED_BARS.name, *(dataset.name for dataset in DERIVED), BAR_COVERAGE.name]
 
 
 def test_every_asset_is_partitioned_by_trading_day_and_described() -> None:
-    graph = build_defs().get_repository_def().asset_graph
+    graph = build_defs(PROJECT).get_repository_def().asset_graph
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
-        assert node.partitions_def == trading_days
+        assert node.partitions_def == PROJECT.trading_days
         assert node.description
         assert node.kinds
 
@@ -72,7 +76,6 @@ def test_a_days_datasets_are_made_of_its_raw_bars_and_show_what_they_hold(
     assert normalized["history"] == "none yet"
     assert list(normalized["unreadable_objects"]) == [unreadable]
     coverage = shown[BAR_COVERAGE.name]
-    assert coverage["history"].startswith("not there yet")
     assert coverage["picture"].startswith("![coverage of 2026-01-26](data:image/png;base64,")
     rows = read(fetch_dataset(lake, NORMALIZED_BARS.name, DAY.isoformat(), tmp_path))
     assert [row["ticker"] for row in rows] == ["QQQ", "SPY", "SPY"]
@@ -93,68 +96,53 @@ def test_a_day_without_raw_bars_fails_with_the_reason_and_is_not_retried(
     assert failure.value.allow_retries is False
 
 
-# Datasets follow their inputs: evaluated as the automation sensor does, tick after tick.
+@pytest.mark.slow
+def test_a_run_of_many_days_makes_those_it_can_and_names_the_others(lake: Lake, instance: dg.DagsterInstance) -> None:
+    days = trading_days(DAY, DAY + timedelta(days=4))
+    for day in (days[0], days[2]):
+        frame = line(ARRIVAL, [aggregate("SPY", at(12, 0, day))])
+        lake.put(layout.frames_key(day, "run", 1), archive.compress([frame]))
+    result = materialize(instance, _DATASETS, days[0].isoformat(), days[2].isoformat(), fails=True)
+    assert not result.success
+    [failure] = result.get_step_failure_events()
+    assert str(days[1]) in str(failure.event_specific_data)
+    for name in _DATASETS:
+        assert instance.get_materialized_partitions(dg.AssetKey(name)) == {str(days[0]), str(days[2])}
+    checked = {check.check_name: check.metadata["days"].value for check in result.get_asset_check_evaluations()}
+    assert checked["schema"] == "2 days, 2026-01-26 to 2026-01-28"
 
 
-class _Ticks:
-    """The automation sensor's evaluations, one after another, against one instance."""
+def test_a_run_that_was_cut_goes_on_where_it_was(lake: Lake, instance: dg.DagsterInstance) -> None:
+    put_frame(lake, aggregate())
+    made = materialize(instance, [NORMALIZED_BARS.name], DAY.isoformat())
 
-    def __init__(self, instance: dg.DagsterInstance) -> None:
-        self._instance = instance
-        self._cursor: Any = None
+    def left(root: str | None) -> list[str]:
+        context: Any = SimpleNamespace(run=SimpleNamespace(root_run_id=root), instance=instance)
+        return [dataset.name for dataset in _not_made_before(context, DAY, [NORMALIZED_BARS, DAILY_BARS])]
 
-    def next(self) -> set[str]:
-        """The assets that this tick asks for, of the one day."""
-        result = dg.evaluate_automation_conditions(
-            defs=build_defs(),
-            instance=self._instance,
-            asset_selection=dg.AssetSelection.all(),
-            cursor=self._cursor,
-        )
-        self._cursor = result.cursor
-        keys = {dg.AssetKey(name) for name in _DATASETS}
-        return {key.to_user_string() for key in keys if result.get_requested_partitions(key) == {_FOLLOWED_DAY}}
-
-    def report(self, *names: str) -> None:
-        for name in names:
-            self._instance.report_runless_asset_event(dg.AssetMaterialization(name, partition=_FOLLOWED_DAY))
-
-
-@pytest.fixture
-def ticks(instance: dg.DagsterInstance) -> _Ticks:
-    ticks = _Ticks(instance)
-    ticks.next()
-    return ticks
+    assert left(None) == [NORMALIZED_BARS.name, DAILY_BARS.name]
+    assert left("another run") == [NORMALIZED_BARS.name, DAILY_BARS.name]
+    assert left(made.run_id) == [DAILY_BARS.name]
 
 
 @pytest.mark.slow
-def test_raw_bars_of_any_day_request_the_days_datasets_once(ticks: _Ticks) -> None:
-    ticks.report("raw_bars")
-    assert ticks.next() == {*_DATASETS}
-    ticks.report(*_DATASETS)
-    assert ticks.next() == set()
-    assert ticks.next() == set()
+def test_a_day_says_how_it_stands_and_how_its_checks_went(lake: Lake, instance: dg.DagsterInstance) -> None:
+    put_frame(lake, aggregate())
+    result = materialize(instance, _DATASETS, DAY.isoformat())
+    shown = latest_metadata(instance, DAILY_BARS.name, DAY.isoformat())
+    assert shown["day_state"] == "partial"
+    assert shown["day_state_detail"].startswith("not known, New York: 04:00-19:59")
+    assert shown["checks"] == "0 of 1 passed; failed: day_is_complete"
+    assert latest_metadata(instance, NORMALIZED_BARS.name, DAY.isoformat())["checks"] == "7 of 7 passed"
+    [complete] = [c for c in result.get_asset_check_evaluations() if c.check_name == "day_is_complete"]
+    assert (complete.passed, complete.severity) == (False, dg.AssetCheckSeverity.ERROR)
 
 
-@pytest.mark.slow
-def test_raw_bars_that_arrive_while_the_day_is_being_made_request_it_again(ticks: _Ticks) -> None:
-    ticks.report("raw_bars")
-    assert ticks.next() == {*_DATASETS}
-    ticks.report("raw_bars", *sorted(_DATASETS))
-    assert "normalized_bars" in ticks.next()
+def test_assets_of_seconds_exist_only_where_they_are_collected() -> None:
+    def names(*channels: Channel) -> set[str]:
+        graph = build_defs(Project(channels=channels)).get_repository_def().asset_graph
+        return {key.to_user_string() for key in graph.get_all_asset_keys()}
 
-
-@pytest.mark.slow
-def test_the_history_of_a_day_requests_its_datasets_once_also_if_it_was_not_collected(ticks: _Ticks) -> None:
-    ticks.report("reference_bars")
-    assert ticks.next() == {*_DATASETS}
-    ticks.report(*sorted(_DATASETS))
-    assert ticks.next() == set()
-    ticks.report("reference_bars")  # a replaced file
-    assert ticks.next() == {*_DATASETS}
-
-
-@pytest.mark.slow
-def test_what_a_backfill_made_of_the_history_is_not_made_again(ticks: _Ticks) -> None:
-    ticks.report("reference_bars", "normalized_bars", *sorted({*_DATASETS} - {"normalized_bars"}))
-    assert ticks.next() == set()
+    seconds = {"raw_second_bars", "normalized_second_bars"}
+    assert not names(Channel.MINUTE) & seconds
+    assert names(Channel.MINUTE, Channel.SECOND) == names(Channel.MINUTE) | seconds

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 from dagster_aws.s3 import S3Resource
 
-from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import external
+from polygon_pipeline.defs.following import datasets_follow_sensor
+from polygon_pipeline.defs.partitions import days_of
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.lake import external as external_data
 from polygon_pipeline.lake import layout
@@ -55,6 +56,7 @@ class Ticks:
 def ticks(lake: Lake, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ticks]:
     monkeypatch.setattr(external_data, "QUIET", timedelta(0))
     monkeypatch.setenv("POLYGON_API_KEY", "simulator")
+    monkeypatch.setenv("POLYGON_HISTORY_START", "2025-01-01")
     s3 = S3Resource()
     if lake.is_s3:
         server: SeaweedFS = request.getfixturevalue("seaweedfs")
@@ -139,8 +141,8 @@ def test_a_day_that_is_no_partition_is_left_out_with_a_warning(
     put_raw_bars(lake, DAYS[0])
     assert ticks.next() == [str(DAYS[0])]
     err = capfd.readouterr().err
-    assert "2026-01-24 is not a trading day" in err
-    assert "2126-01-24 is not a trading day" in err
+    assert "2026-01-24 is no trading day" in err
+    assert "2126-01-24 is no trading day" in err
 
 
 @pytest.mark.parametrize("lake", ["s3"], indirect=True)
@@ -166,19 +168,11 @@ def test_a_cursor_of_another_version_is_discarded(ticks: Ticks, lake: Lake) -> N
     assert ticks.next() == [str(DAYS[0])]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lake", ["file"], indirect=True)
-def test_a_report_makes_the_automation_request_the_days_datasets(ticks: Ticks, lake: Lake) -> None:
-    def requested(cursor: object = None) -> tuple[set[str | None], object]:
-        result = dg.evaluate_automation_conditions(
-            defs=build_defs(),
-            instance=ticks.instance,
-            asset_selection=dg.AssetSelection.all(),
-            cursor=cursor,  # type: ignore[arg-type]
-        )
-        return set(result.get_requested_partitions(dg.AssetKey("normalized_bars"))), result.cursor
-
-    _, cursor = requested()
+def test_a_report_makes_the_days_datasets_follow(ticks: Ticks, lake: Lake) -> None:
     put_raw_bars(lake, DAYS[0])
     assert ticks.next() == [str(DAYS[0])]
-    assert requested(cursor)[0] == {str(DAYS[0])}
+    with dg.build_sensor_context(instance=ticks.instance) as context:
+        result = datasets_follow_sensor(context)
+    assert isinstance(result, dg.SensorResult)
+    assert [days_of(request.tags) for request in result.run_requests or ()] == [[DAYS[0]]]

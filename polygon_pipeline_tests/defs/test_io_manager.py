@@ -10,7 +10,7 @@ import pytest
 from dagster_aws.s3 import S3Resource
 
 from polygon_pipeline.defs.io_manager import ParquetIOManager
-from polygon_pipeline.defs.partitions import trading_days
+from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.defs.resources import LakeResource
 
 _DAY = "2026-11-20"
@@ -23,25 +23,28 @@ _TABLE = pa.table(
 )
 
 
-@dg.asset(partitions_def=trading_days, io_manager_key="parquet")
+TRADING_DAYS = Project().trading_days
+
+
+@dg.asset(partitions_def=TRADING_DAYS, io_manager_key="parquet")
 def as_table() -> pa.Table:
     return _TABLE
 
 
-@dg.asset(partitions_def=trading_days, io_manager_key="parquet")
+@dg.asset(partitions_def=TRADING_DAYS, io_manager_key="parquet")
 def as_frame() -> pd.DataFrame:
     frame: pd.DataFrame = _TABLE.to_pandas()
     return frame
 
 
-@dg.asset(partitions_def=trading_days, io_manager_key="parquet")
+@dg.asset(partitions_def=TRADING_DAYS, io_manager_key="parquet")
 def as_file(lake: LakeResource) -> Path:
     file = lake.scratch() / "made.parquet"
     pq.write_table(_TABLE, file)
     return file
 
 
-@dg.asset(partitions_def=trading_days, io_manager_key="parquet")
+@dg.asset(partitions_def=TRADING_DAYS, io_manager_key="parquet")
 def empty() -> pa.Table:
     return _TABLE.slice(0, 0)
 
@@ -65,15 +68,15 @@ def test_tables_frames_and_files_are_stored_as_one_parquet_file_per_day(
 def test_an_input_has_the_type_of_its_annotation(tmp_path: Path) -> None:
     seen: dict[str, object] = {}
 
-    @dg.asset(partitions_def=trading_days)
+    @dg.asset(partitions_def=TRADING_DAYS)
     def reads_a_table(as_table: pa.Table) -> None:
         seen["table"] = as_table
 
-    @dg.asset(partitions_def=trading_days)
+    @dg.asset(partitions_def=TRADING_DAYS)
     def reads_a_frame(as_table: pd.DataFrame) -> None:
         seen["frame"] = as_table
 
-    @dg.asset(partitions_def=trading_days)
+    @dg.asset(partitions_def=TRADING_DAYS)
     def reads_a_file(as_table: Path) -> None:
         seen["file"] = pq.read_table(as_table, partitioning=None)
 
@@ -111,7 +114,7 @@ def test_an_empty_day_is_a_failure_and_never_an_empty_file(tmp_path: Path) -> No
 
 
 def test_a_day_that_was_never_made_is_named(tmp_path: Path) -> None:
-    @dg.asset(partitions_def=trading_days)
+    @dg.asset(partitions_def=TRADING_DAYS)
     def reads_a_table(as_table: pa.Table) -> None:
         raise AssertionError("there was nothing to read")
 

@@ -1,11 +1,16 @@
-"""Processes of runs: which one is alive, and whose it is."""
+"""Processes of runs: which one is alive and whose it is, and how one goes on while Dagster's storage is away."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import time
 
+import dagster as dg
+import pytest
+
+from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import supervision
 
 
@@ -18,3 +23,72 @@ def test_a_killed_process_or_one_started_after_the_run_is_not_the_runs_process()
         time.sleep(0.2)
         assert not supervision._is_alive(process.pid, began + 1), "it waits for its parent to look"
     assert not supervision._is_alive(process.pid, began + 1)
+
+
+class Away(Exception):
+    """Dagster's storage does not answer."""
+
+
+class Storage:
+    """Dagster's storage, which is away for the first so many calls."""
+
+    def __init__(self, away: int) -> None:
+        self.away = away
+        self.taken: list[tuple[str | None, object]] = []
+
+    def take(self, event: dg.AssetMaterialization) -> None:
+        if self.away:
+            self.away -= 1
+            raise Away
+        self.taken.append((event.partition, event.metadata["bars"].value))
+
+
+def _event(partition: str, bars: int) -> dg.AssetMaterialization:
+    return dg.AssetMaterialization("raw_bars", partition=partition, metadata={"bars": bars})
+
+
+def test_reports_wait_while_dagsters_storage_is_away_and_only_the_last_of_a_day_is_sent() -> None:
+    storage = Storage(away=2)
+    reports = supervision.Reports(storage.take)
+    for bars in (1, 2):
+        reports.add(_event("2026-01-26", bars))
+        reports.send()
+    assert storage.taken == []
+    reports.add(_event("2026-01-27", 3))
+    reports.send()
+    assert storage.taken == [("2026-01-26", 2), ("2026-01-27", 3)]
+    reports.send()
+    assert len(storage.taken) == 2
+
+
+def test_the_last_reports_of_a_run_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_RETRY_SECONDS", 0.01)
+    storage = Storage(away=3)
+    reports = supervision.Reports(storage.take)
+    reports.add(_event("2026-01-26", 1))
+    reports.send(patience_seconds=5.0)
+    assert storage.taken == [("2026-01-26", 1)]
+
+
+def test_a_log_that_cannot_be_stored_goes_to_the_terminal_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(logging.Logger):
+        def log(self, *_: object, **__: object) -> None:
+            raise Away("the database is locked")
+
+    supervision.PatientLog(Broken("broken")).warning("the connection was lost")
+    assert "the connection was lost" in caplog.text
+    assert "the database is locked" in caplog.text
+
+
+def test_a_run_whose_status_cannot_be_read_is_no_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_LOOK_AT_RUN_SECONDS", 0.0)
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"))
+        is_orphan = supervision.orphan_watch(instance, run)
+        assert is_orphan(), "it was never started"
+
+        def away(_: str) -> None:
+            raise Away
+
+        monkeypatch.setattr(instance, "get_run_by_id", away)
+        assert not is_orphan()

@@ -11,7 +11,6 @@ from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.ledger import (
     Account,
     Connection,
-    Gap,
     Ledger,
     connected_minutes,
     decode_ledger,
@@ -67,43 +66,28 @@ def test_a_gap_names_the_minutes_whose_bars_were_due_in_it(
     assert gap.last_minute == (last and at(last))
 
 
-def _with_gaps(feed: str, *gaps: tuple[str, str | None]) -> Ledger:
-    """As an earlier version wrote it, without a time base."""
-    made = [
-        Gap(at(first), None if last is None else at(last), "lost", at(first), None if last is None else at(last))
-        for first, last in gaps
-    ]
+def test_a_gap_of_a_simulated_past_day_is_repaired_once_the_days_own_clock_has_passed_it() -> None:
+    """As an earlier version wrote the ledger, without a time base."""
+    later = at("12:00") + timedelta(days=35)
+    connections = [Connection(later, later, "lost"), Connection(later)]
+    for connection, bars in zip(connections, (("09:00", "14:50"), ("15:00", "15:15")), strict=True):
+        connection.first_bar_ms, connection.last_bar_ms = (int(at(bar).timestamp() * 1000) for bar in bars)
     content = msgspec.json.encode(
         {
-            "run": "r", "feed": feed, "session_date": DAY, "started_at": at("09:00"), "complete": False,
-            "write_objects": False, "write_frames": True, "imbalance": [], "account": {}, "gaps": made,
+            "run": "r", "feed": "simulated", "session_date": DAY, "started_at": later, "complete": False,
+            "write_objects": False, "write_frames": True, "imbalance": [], "gaps": [],
+            "account": {"connections": connections},
         }
     )  # fmt: skip
-    return decode_ledger(content)
+    ledger = decode_ledger(content)
+    assert ledger.time_base == "event"
 
+    def repairable() -> int:
+        return len(repairable_gaps(DAY, [ledger], 0, SETTLED, later, live_run="r"))
 
-@pytest.mark.parametrize(
-    ("now", "known", "due"),
-    [
-        ("15:16", None, 0),  # its last revisions may still come
-        ("15:17", None, 1),
-        ("15:17", "15:00", 1),  # the history was asked before the gap's last minute had settled
-        ("15:17", "15:01", 0),
-    ],
-)
-def test_a_gap_is_repaired_once_its_last_minute_has_settled(now: str, known: str | None, due: int) -> None:
-    ledgers = [_with_gaps("polygon", ("14:50", "15:00"), ("15:40", None))]
-    known_ms = 0 if known is None else int(at(known).timestamp() * 1000)
-    assert len(repairable_gaps(ledgers, known_ms, SETTLED, at(now))) == due
-
-
-def test_a_gap_of_a_simulated_past_day_is_repaired_once_the_days_own_clock_has_passed_it() -> None:
-    ledger = _with_gaps("simulated", ("14:50", "15:00"))
-    later = at("12:00") + timedelta(days=35)
-    ledger.account.connections = [Connection(later, last_bar_ms=int(at("15:15").timestamp() * 1000))]
-    assert repairable_gaps([ledger], 0, SETTLED, later) == []
-    ledger.account.connections[0].last_bar_ms = int(at("15:16").timestamp() * 1000)
-    assert len(repairable_gaps([ledger], 0, SETTLED, later)) == 1
+    assert repairable() == 0
+    ledger.account.connections[1].last_bar_ms = int(at("15:16").timestamp() * 1000)
+    assert repairable() == 1
 
 
 # Connections

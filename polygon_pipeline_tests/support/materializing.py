@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import date
 from typing import Any
 
 import dagster as dg
 
 from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.defs.partitions import Project
+from polygon_pipeline.market.bars import Channel
+
+# Every day there ever was, and everything that can be collected.
+PROJECT = Project(date(2003, 9, 10), tuple(Channel))
 
 
 def materialize(
     instance: dg.DagsterInstance, names: Iterable[str], first: str, last: str | None = None, fails: bool = False
 ) -> dg.ExecuteInProcessResult:
     """Makes a day of these assets, or all days from first to last in one run. fails: whether an error is the result."""
-    job = build_defs().resolve_implicit_global_asset_job_def()
+    job = build_defs(PROJECT).resolve_implicit_global_asset_job_def()
     tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last or first}
     return job.execute_in_process(
         asset_selection=[dg.AssetKey(name) for name in names],

@@ -1,0 +1,193 @@
+"""Makes the datasets of trading days, one day after the other: the next is fetched while one is made.
+
+Belongs here: what is fetched and made for a day, in which order, and that a day's failure costs only that day. Does not
+belong here: what the rows are (the datasets' modules), storing them and how they show in Dagster (defs.assets).
+"""
+
+from __future__ import annotations
+
+import shutil
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polygon_pipeline.datasets import catalog
+from polygon_pipeline.datasets.catalog import Dataset
+from polygon_pipeline.datasets.coverage import Coverage, totals, worst_first
+from polygon_pipeline.datasets.day_state import DayStatus, day_status
+from polygon_pipeline.datasets.inputs import RawDay, RawInputs, fetch_raw, fetch_reference, normalize_day
+from polygon_pipeline.datasets.normalize import NoBars
+from polygon_pipeline.datasets.pictures import MOST_TICKERS, heat_map
+from polygon_pipeline.datasets.quality import schema_errors
+from polygon_pipeline.datasets.reference import UnreadableReference, read_reference_info
+from polygon_pipeline.datasets.resample import Resampling
+from polygon_pipeline.datasets.session import DuckSession
+from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
+from polygon_pipeline.lake.ledger import DayLedgers, connected_minutes, read_ledgers, subscribed_tickers
+from polygon_pipeline.lake.store import Lake
+
+
+class WrongSchema(Exception):
+    """A dataset on the lake has other columns than the catalog says: nothing is made of it."""
+
+
+# What is wrong with one day, and with no other. Store errors are not among them.
+DAY_ERRORS = (NoBars, MissingDataset, UnreadableReference, WrongSchema)
+
+
+class MadeDataset(NamedTuple):
+    """One dataset of one day. file: local, until the next day is asked for. facts: what it says of itself."""
+
+    day: date
+    dataset: Dataset
+    file: Path
+    status: DayStatus
+    facts: dict[str, Any]
+    picture: str | None = None
+
+
+class FailedDay(NamedTuple):
+    """A day of which a dataset could not be made. error: one of DAY_ERRORS."""
+
+    day: date
+    error: Exception
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What was fetched for a day. raw: where the day is normalized; bars: where it was before."""
+
+    folder: Path
+    raw: RawInputs | None
+    bars: Path | None
+    reference: Path | None
+    ledgers: DayLedgers
+
+
+def make_days(
+    lake: Lake,
+    days: Sequence[date],
+    wanted_of: Callable[[date], Sequence[Dataset]],
+    folder: Path,
+    now: datetime,
+    live_run: str | None = None,
+    draw: bool = False,
+) -> Iterator[MadeDataset | FailedDay]:
+    """Makes datasets of one channel, day by day; the caller stores each before it asks for the next.
+
+    wanted_of: which of them to make of a day, asked on this thread before anything of the day is read. folder: an empty
+    local folder, which holds two days at the most. now: aware. live_run: the run that collects now, if one does. draw:
+    with pictures of days that are over, which take 0.1 s and some 30 kB each. A day
+    that cannot be made is given with its error, and the others go on; store errors are raised.
+    """
+    with ThreadPoolExecutor(1) as fetching, DuckSession(folder) as session:
+
+        def begin(day: date) -> tuple[date, Sequence[Dataset], Future[_Inputs] | None]:
+            wanted = wanted_of(day)
+            made = folder / day.isoformat()
+            return day, wanted, fetching.submit(_fetch, lake, day, wanted, made) if wanted else None
+
+        waiting = iter(days)
+        ahead = [begin(day) for day in _first(waiting)]
+        while ahead:
+            day, wanted, fetched = ahead.pop()
+            ahead = [begin(following) for following in _first(waiting)]
+            if fetched is None:
+                continue
+            try:
+                yield from _make(lake, session, day, wanted, fetched.result(), now, live_run, draw)
+            except DAY_ERRORS as error:
+                yield FailedDay(day, error)
+            finally:
+                shutil.rmtree(folder / day.isoformat(), ignore_errors=True)
+
+
+def current_status(lake: Lake, day: date, folder: Path, now: datetime, live_run: str | None) -> DayStatus:
+    """The state of a day as the lake has it. folder: a local folder."""
+    reference = fetch_reference(lake, day, folder)
+    known_until_ms = read_reference_info(reference).until_ms if reference else 0
+    return day_status(day, read_ledgers(lake, day).ledgers, known_until_ms, now, live_run)
+
+
+def _first(days: Iterator[date]) -> list[date]:
+    """The next day, or nothing."""
+    return [day for day in [next(days, None)] if day]
+
+
+def _fetch(lake: Lake, day: date, wanted: Sequence[Dataset], folder: Path) -> _Inputs:
+    folder.mkdir()
+    normalized = catalog.NORMALIZED[wanted[0].channel]
+    if normalized in wanted:
+        raw = fetch_raw(lake, day, normalized.channel, folder)
+        return _Inputs(folder, raw, None, raw.reference, read_ledgers(lake, day))
+    bars = fetch_dataset(lake, normalized.name, day.isoformat(), folder)
+    if errors := schema_errors(bars, normalized):
+        raise WrongSchema(f"{normalized.name} of {day} cannot be used: {'; '.join(errors)}. Materialize it again.")
+    reference = fetch_reference(lake, day, folder)
+    return _Inputs(folder, None, bars, reference, read_ledgers(lake, day))
+
+
+def _make(
+    lake: Lake,
+    session: DuckSession,
+    day: date,
+    wanted: Sequence[Dataset],
+    inputs: _Inputs,
+    now: datetime,
+    live_run: str | None,
+    draw: bool,
+) -> Iterator[MadeDataset]:
+    folder, ledgers = inputs.folder, inputs.ledgers.ledgers
+    known_until_ms = read_reference_info(inputs.reference).until_ms if inputs.reference else 0
+    status = day_status(day, ledgers, known_until_ms, now, live_run)
+    bars = inputs.bars
+    if inputs.raw is not None:
+        bars = folder / "normalized.parquet"
+        raw = normalize_day(lake, inputs.raw, bars, session)
+        yield MadeDataset(day, catalog.NORMALIZED[inputs.raw.channel], bars, status, _normalized_facts(raw))
+    assert bars is not None
+    derived = [dataset for dataset in wanted if dataset in catalog.DERIVED]
+    if derived:
+        with Resampling(day, bars, session, status.state) as resampling:
+            for dataset in derived:
+                target = folder / f"{dataset.name}.parquet"
+                resampling.write(dataset, target)
+                yield MadeDataset(day, dataset, target, status, {})
+    if catalog.BAR_COVERAGE in wanted:
+        target = folder / "coverage.parquet"
+        with Coverage(
+            day,
+            bars,
+            inputs.reference,
+            connected_minutes(ledgers),
+            session,
+            subscribed_tickers(ledgers),
+            was_collected=bool(ledgers),
+        ) as coverage:
+            coverage.write(target)
+            picture = _picture(day, coverage, target) if draw and status.is_over else None
+        facts = {"unreadable_ledgers": inputs.ledgers.unreadable, **totals(target)}
+        yield MadeDataset(day, catalog.BAR_COVERAGE, target, status, facts, picture)
+
+
+def _picture(day: date, coverage: Coverage, file: Path) -> str:
+    """The heat map of the tickers most worth a look, as base64."""
+    shown = worst_first(file, MOST_TICKERS)
+    return b64encode(heat_map(day, coverage.minute_states(shown), shown)).decode()
+
+
+def _normalized_facts(raw: RawDay) -> dict[str, Any]:
+    return {
+        "frame_files": raw.frame_files,
+        "raw_objects_without_frames": raw.records,
+        "history": raw.reference.source if raw.reference else "none yet",
+        "bars_added_from_history": raw.merge.added,
+        "bars_differing_from_history": raw.merge.differing,
+        "bars_corrected_by_history": raw.merge.corrected,
+        "differences": list(raw.merge.examples),
+        "unreadable_objects": dict(sorted(raw.unreadable.items())[:100]),
+    }

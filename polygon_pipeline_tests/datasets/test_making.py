@@ -1,0 +1,132 @@
+"""Datasets of many days: each by itself, in one go, with the next day fetched beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from polygon_pipeline.datasets import catalog, making
+from polygon_pipeline.datasets.catalog import Dataset
+from polygon_pipeline.datasets.making import FailedDay, MadeDataset, WrongSchema, make_days
+from polygon_pipeline.datasets.normalize import NoBars
+from polygon_pipeline.lake import archive, layout
+from polygon_pipeline.lake.dataset_files import put_dataset
+from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.calendar import trading_days
+from polygon_pipeline_tests.support.bars import aggregate, at, later, line
+
+DAYS = trading_days(date(2026, 1, 26), date(2026, 1, 30))
+MINUTE = [dataset for dataset in catalog.FOLLOWING if dataset.channel is Channel.MINUTE]
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def collect(lake: Lake, days: Sequence[date]) -> None:
+    for day in days:
+        frames = [line(later(0), [aggregate("SPY", at(12, 0, day), c=float(day.day))])]
+        lake.put(layout.frames_key(day, "run", 1), archive.compress(frames))
+
+
+def make(
+    lake: Lake, folder: Path, days: Sequence[date] = DAYS, wanted: Sequence[Dataset] = MINUTE
+) -> list[tuple[date, str]]:
+    """What was made, by day; every made dataset is stored, as the asset does it."""
+    folder.mkdir(exist_ok=True)
+    found = []
+    for made in make_days(lake, days, lambda _: wanted, folder, NOW):
+        if isinstance(made, FailedDay):
+            found.append((made.day, type(made.error).__name__))
+        else:
+            assert pq.read_table(made.file).num_rows
+            put_dataset(lake, made.dataset.name, made.day.isoformat(), made.file)
+            found.append((made.day, made.dataset.name))
+    return found
+
+
+def test_all_datasets_of_all_days_are_made_in_order(file_lake: Lake, tmp_path: Path) -> None:
+    collect(file_lake, DAYS)
+    assert make(file_lake, tmp_path / "scratch") == [(day, dataset.name) for day in DAYS for dataset in MINUTE]
+
+
+def test_a_day_that_cannot_be_made_costs_only_itself(file_lake: Lake, tmp_path: Path) -> None:
+    collect(file_lake, [day for day in DAYS if day != DAYS[2]])
+    made = make(file_lake, tmp_path / "scratch")
+    assert [found for found in made if found[0] == DAYS[2]] == [(DAYS[2], NoBars.__name__)]
+    assert {day for day, name in made if name == catalog.BAR_COVERAGE.name} == {*DAYS} - {DAYS[2]}
+
+
+def test_a_day_leaves_nothing_behind_and_the_next_is_all_that_is_there_beside_it(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    collect(file_lake, DAYS)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    most = 0
+    for _ in make_days(file_lake, DAYS, lambda _: MINUTE, scratch, NOW):
+        most = max(most, len([*scratch.iterdir()]))
+    assert most <= 2
+    assert not [*scratch.iterdir()]
+
+
+def test_what_is_to_be_made_is_asked_for_before_the_day_is_read(file_lake: Lake, tmp_path: Path) -> None:
+    collect(file_lake, DAYS)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    asked: list[date] = []
+
+    def wanted_of(day: date) -> Sequence[Dataset]:
+        asked.append(day)
+        return MINUTE if day != DAYS[1] else []
+
+    made = [found.day for found in make_days(file_lake, DAYS, wanted_of, scratch, NOW)]
+    assert asked == DAYS
+    assert DAYS[1] not in made
+
+
+def test_datasets_alone_are_made_of_the_bars_on_the_lake(file_lake: Lake, tmp_path: Path) -> None:
+    collect(file_lake, DAYS[:1])
+    make(file_lake, tmp_path / "first", DAYS[:1])
+    made = make(file_lake, tmp_path / "second", DAYS[:2], [catalog.DAILY_BARS])
+    assert made == [(DAYS[0], catalog.DAILY_BARS.name), (DAYS[1], "MissingDataset")]
+
+
+def test_nothing_is_made_of_bars_with_a_wrong_schema(file_lake: Lake, tmp_path: Path) -> None:
+    collect(file_lake, DAYS[:1])
+    make(file_lake, tmp_path / "first", DAYS[:1])
+    stored = file_lake.local_root / layout.dataset_key(catalog.NORMALIZED_BARS.name, DAYS[0].isoformat())
+    pq.write_table(pq.read_table(stored, partitioning=None).drop_columns(["vwap"]), stored)
+    (tmp_path / "second").mkdir()
+    [failed] = make_days(file_lake, DAYS[:1], lambda _: [catalog.DAILY_BARS], tmp_path / "second", NOW)
+    assert isinstance(failed, FailedDay)
+    assert isinstance(failed.error, WrongSchema)
+    assert "vwap" in str(failed.error)
+
+
+def test_a_store_error_ends_the_run(file_lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> None:
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(making, "fetch_raw", away)
+    with pytest.raises(OSError, match="the store is away"):
+        make(file_lake, tmp_path / "scratch")
+
+
+def test_a_picture_is_drawn_where_it_is_asked_for_and_the_day_is_over(file_lake: Lake, tmp_path: Path) -> None:
+    collect(file_lake, DAYS[:1])
+
+    def pictures(now: datetime, draw: bool, name: str) -> list[str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        return [
+            made.dataset.name
+            for made in make_days(file_lake, DAYS[:1], lambda _: MINUTE, folder, now, draw=draw)
+            if isinstance(made, MadeDataset) and made.picture
+        ]
+
+    assert pictures(NOW, True, "over") == [catalog.BAR_COVERAGE.name]
+    assert pictures(NOW, False, "not asked for") == []
+    assert pictures(datetime(2026, 1, 26, 18, tzinfo=UTC), True, "not over") == []
