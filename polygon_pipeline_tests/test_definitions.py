@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from polygon_pipeline import defs as project_defs
 from polygon_pipeline.datasets.catalog import DATASETS
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs.partitions import Project
@@ -40,3 +42,9 @@ def test_loading_needs_no_environment_and_no_network() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], env={}, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_is_put_into_the_folder_of_definitions_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("import dagster as dg\n\n\n@dg.asset\ndef my_own() -> None: ...\n")
+    monkeypatch.setattr(project_defs, "__path__", [*project_defs.__path__, str(tmp_path)])
+    assert build_defs().get_repository_def().asset_graph.has(dg.AssetKey("my_own"))
