@@ -79,3 +79,15 @@ def test_a_leftover_of_another_lake_or_feed_is_left_alone_and_logged(
     if other == "lake":
         publish_leftovers(another, root)
         assert [line.content for line in archived_lines(another, DAY)] == [frame]
+
+
+def test_what_a_lost_run_left_is_reported_once_it_is_on_the_lake(tmp_path: Path, file_lake: Lake) -> None:
+    root = tmp_path / "journal"
+    finished_journal(root, file_lake, [frame_of(plain_bar("SPY", NOON, 1), plain_bar("QQQ", NOON, 1))])
+    progress: list[Progress] = []
+    with Exchange([], speed=0) as exchange:
+        collector = Collector(file_lake, plan(exchange.url, root, run="run-002"), _LOG)
+        collector.run(lambda: "enough", progress.append)
+    recovered, own = progress
+    assert (recovered.account.bars, recovered.dates) == (2, frozenset({DAY}))
+    assert (own.account.bars, own.dates) == (0, frozenset())

@@ -7,8 +7,14 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from polygon_pipeline.collector import launching
+from polygon_pipeline.collector.collector import Plan
 from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.defs import collect
+from polygon_pipeline.defs.partitions import URGENT
+from polygon_pipeline.settings import load
 from polygon_pipeline.simulator.exchange import Exchange
+from polygon_pipeline_tests.support.bars import DAY
 
 
 @pytest.mark.slow
@@ -27,3 +33,23 @@ def test_a_wrong_key_fails_the_run_at_once_and_names_the_variable_to_correct(
             job.execute_in_process(run_config=run_config, instance=instance)
     assert "not-the-key" not in str(failure.value)
     assert failure.value.allow_retries is False
+
+
+def test_a_live_feed_judges_silence_by_the_market_and_a_simulated_one_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "quiet_limit", lambda _: 5.0)
+
+    def plan_of(**environment: str) -> Plan:
+        wanted = load({"POLYGON_TICKERS": "SPY", **environment})
+        return collect._plan("run-id", wanted, collect.CollectConfig(), DAY, "ws://127.0.0.1:1")
+
+    live, simulated = plan_of(POLYGON_API_KEY="a-key"), plan_of()
+    assert (live.quiet_limit(), live.time_base) == (5.0, "processing")
+    assert (simulated.quiet_limit(), simulated.time_base) == (None, "event")
+
+
+def test_the_collector_goes_before_every_other_run_and_beside_none_of_its_own() -> None:
+    job = build_defs().get_job_def("collect_aggregates")
+    others = [other.tags for other in build_defs().get_repository_def().get_all_jobs() if other.name != job.name]
+    assert int(job.tags["dagster/priority"]) > max(int(tags.get("dagster/priority", 0)) for tags in others)
+    assert int(job.tags["dagster/priority"]) > int(URGENT["dagster/priority"])
+    assert collect.collect_aggregates.pool == "collector"

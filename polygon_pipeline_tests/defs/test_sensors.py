@@ -11,9 +11,10 @@ import msgspec
 import pytest
 from dagster_aws.s3 import S3Resource
 
+from polygon_pipeline.collector import launching
 from polygon_pipeline.collector.lease import this_machine
 from polygon_pipeline.definitions import build_defs
-from polygon_pipeline.defs import collect, sensors
+from polygon_pipeline.defs import collect, sensors, supervision
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.lake import layout
 from polygon_pipeline.market import calendar
@@ -112,6 +113,23 @@ def test_a_run_whose_process_is_gone_from_this_machine_is_failed_before_its_leas
     _write_lease(lake_dir, run, expires_in=timedelta(minutes=1), machine=this_machine(), pid=2**22 + 1)
     assert "1" in _fail_lost_runs(instance)
     assert isinstance(_tick(instance), dg.RunRequest)
+
+
+def test_a_run_without_a_lease_whose_process_lives_is_not_lost(
+    instance: dg.DagsterInstance, lake_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store may be away: then it waits for the lease, and collects meanwhile."""
+    run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
+    monkeypatch.setattr(launching, "_WITHOUT_LEASE", timedelta(0))
+    monkeypatch.setattr(supervision, "_has_process", lambda *_: True)
+    assert _fail_lost_runs(instance) == "no run is lost"
+    monkeypatch.undo()
+    monkeypatch.setenv("LAKE_URI", lake_dir.as_uri())
+    monkeypatch.setattr(launching, "_WITHOUT_LEASE", timedelta(0))
+    assert "1" in _fail_lost_runs(instance)
+    lost = instance.get_run_by_id(run.run_id)
+    assert lost is not None
+    assert lost.status is dg.DagsterRunStatus.FAILURE
 
 
 def _started_run(instance: dg.DagsterInstance, day: str) -> dg.DagsterRun:
