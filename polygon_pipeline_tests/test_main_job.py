@@ -56,6 +56,7 @@ def environment(
     monkeypatch.setenv("POLYGON_TICKERS", ",".join(recorded_bars.tickers))
     monkeypatch.setenv("LAKE_URI", (tmp_path / "lake").as_uri())
     monkeypatch.setenv("JOURNAL_DIR", str(tmp_path / "journal"))
+    monkeypatch.setenv("POLYGON_HISTORY_START", "2003-09-10")
     return monkeypatch
 
 

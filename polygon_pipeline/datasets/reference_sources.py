@@ -66,7 +66,7 @@ class FetchedDay(NamedTuple):
     is_new: bool
 
 
-class FailedDay(NamedTuple):
+class UnfetchedDay(NamedTuple):
     """A day that could not be fetched. problem: HistoryRefused, NotYetPublished, HistoryUnavailable or
     UnreadableReference."""
 
@@ -79,7 +79,7 @@ _PROBLEMS = (HistoryRefused, HistoryUnavailable, NotYetPublished, reference.Unre
 
 def fetch_days(
     lake: Lake, days: Sequence[date], sources: Sources, folder: Path, now: datetime, report: Callable[[str], object]
-) -> Iterator[FetchedDay | FailedDay]:
+) -> Iterator[FetchedDay | UnfetchedDay]:
     """Fetches trading days, each as soon as it is whole. The caller stores a new one before it asks for the next.
 
     folder: an empty local folder. now: aware. report: called with what to log, the time left among it. A day that
@@ -93,14 +93,14 @@ def fetch_days(
         try:
             yield _from_flat_file(lake, day, sources.flat_files, _new(folder, day), now)
         except _PROBLEMS as problem:
-            yield FailedDay(day, problem)
+            yield UnfetchedDay(day, problem)
     for span in _spans(by_rest):
         try:
             yield from _from_rest(lake, span, sources, folder, now, report)
         except _PROBLEMS as problem:
             if isinstance(problem, reference.UnreadableReference):
                 shutil.rmtree(_staging(sources, span))  # or it would be read again, and again in vain
-            yield from (FailedDay(day, problem) for day in span)
+            yield from (UnfetchedDay(day, problem) for day in span)
 
 
 def _from_flat_file(lake: Lake, day: date, store: ObjectStore, folder: Path, now: datetime) -> FetchedDay:

@@ -13,7 +13,7 @@ import dagster as dg
 from polygon_pipeline.collector.lease import live_run
 from polygon_pipeline.datasets.catalog import RAW_BARS, REFERENCE_BARS
 from polygon_pipeline.datasets.day_state import day_status
-from polygon_pipeline.datasets.reference_sources import SETTLED, FailedDay, FetchedDay, fetch_days
+from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, UnfetchedDay, fetch_days
 from polygon_pipeline.datasets.staleness import PastRepair, next_repair, reference_is_due
 from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_materialization, made_days
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
@@ -60,7 +60,7 @@ def reference_asset(project: Project) -> dg.AssetsDefinition:
         for result, metadata in _fetched(context, polygon, lake, days):
             if metadata is not None:
                 news[result.day.isoformat()] = metadata
-            elif isinstance(result, FailedDay) and not isinstance(result.problem, NotYetPublished):
+            elif isinstance(result, UnfetchedDay) and not isinstance(result.problem, NotYetPublished):
                 problems.append(result.problem)
         if len(news) == len(days):
             for day, metadata in news.items():
@@ -82,7 +82,7 @@ def reference_asset(project: Project) -> dg.AssetsDefinition:
 
 def _fetched(
     context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource, days: Sequence[date]
-) -> Iterator[tuple[FetchedDay | FailedDay, dict[str, Any] | None]]:
+) -> Iterator[tuple[FetchedDay | UnfetchedDay, dict[str, Any] | None]]:
     """Fetches and stores days, each with the metadata to report, or None where there is nothing to report."""
     asked_by_schedule = "dagster/schedule_name" in context.run.tags
     try:

@@ -19,7 +19,7 @@ from polygon_pipeline.datasets.catalog import REFERENCE_BARS
 from polygon_pipeline.datasets.coverage import Coverage, State
 from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
 from polygon_pipeline.datasets.reference import Pages, read_reference_info
-from polygon_pipeline.datasets.reference_sources import SETTLED, FailedDay, FetchedDay, Sources, fetch_days
+from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, Sources, UnfetchedDay, fetch_days
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset, put_dataset
 from polygon_pipeline.lake.ledger import (
@@ -85,7 +85,7 @@ def vendor(folder: Path, history: History = MARKET.day_bars, faults: Sequence[Re
 
 def fetched(
     lake: Lake, days: Sequence[date], sources: Sources, folder: Path, now: datetime = LATER
-) -> list[FetchedDay | FailedDay]:
+) -> list[FetchedDay | UnfetchedDay]:
     scratch = folder / f"scratch-{len(list(folder.iterdir()))}"
     scratch.mkdir()
     results = []
@@ -139,7 +139,7 @@ def test_an_interrupted_run_is_continued_with_the_missing_tickers(file_lake: Lak
     faults = [RestFault(RestFaultType.NOT_AUTHORIZED, path="/TCEHY/")]
     with vendor(tmp_path, faults=faults) as vendor_:
         cut = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
-        assert all(isinstance(result, FailedDay) and isinstance(result.problem, HistoryRefused) for result in cut)
+        assert all(isinstance(result, UnfetchedDay) and isinstance(result.problem, HistoryRefused) for result in cut)
         asked = len(vendor_.asked)
         results = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
         again = vendor_.asked[asked:]
@@ -173,7 +173,7 @@ def test_more_tickers_than_the_plan_can_fetch_in_time_are_refused_and_the_error_
         free = replace(vendor_.sources([f"T{n}" for n in range(4000)]), requests_per_second=5 / 60)
         [result] = fetched(file_lake, [DAY], free, tmp_path)
         assert not vendor_.asked
-    assert isinstance(result, FailedDay)
+    assert isinstance(result, UnfetchedDay)
     assert "13.3 h" in str(result.problem)
     assert "POLYGON_FLAT_FILES_KEY_ID" in str(result.problem)
 
@@ -209,7 +209,7 @@ def test_a_day_without_a_due_flat_file_comes_from_rest_and_a_late_one_gives_the_
         assert isinstance(result, FetchedDay)
         assert result.info.source == "rest"
         [late] = fetched(file_lake, [DAY], sources, tmp_path, datetime(2026, 1, 27, 17, tzinfo=UTC))
-    assert isinstance(late, FailedDay)
+    assert isinstance(late, UnfetchedDay)
     assert isinstance(late.problem, NotYetPublished)
     assert late.problem.next_try == datetime(2026, 1, 27, 18, tzinfo=UTC)
 
