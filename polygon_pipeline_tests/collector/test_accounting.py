@@ -79,3 +79,11 @@ def test_a_ledger_says_of_its_run_what_the_journal_says() -> None:
     assert ledger.account is account
     assert ledger.gaps == account.gaps("processing")
     assert ledger.imbalance == ["1 events came in, but 0 are accounted for"]
+
+
+def test_a_late_revision_does_not_set_the_newest_bar_of_a_connection_back() -> None:
+    account = Account(connections=[Connection(_at("09:00:00"))])
+    for start_ms in (NOON, NOON + 60_000, NOON - 60_000):
+        count_frame(account, decode_frame(encode([aggregate("SPY", start_ms)]), _at("17:02:00")), _at("17:02:00"))
+    [connection] = account.connections
+    assert (connection.first_bar_ms, connection.last_bar_ms) == (NOON, NOON + 60_000)

@@ -217,3 +217,13 @@ def test_the_tickers_below_a_share_are_named_worst_first(tmp_path: Path) -> None
     assert below(file, 0.95) == [*worse, Shortfall("AAA", 0.9, 10, 9)]
     assert worst_first(file, 4) == ["BBB", "DDD", "AAA", "CCC"]
     assert worst_first(file, 9)[-1] == "EEE"
+
+
+def test_on_a_day_without_a_collector_nothing_was_lost(tmp_path: Path) -> None:
+    traded = [("SPY", minute) for minute in range(3)]
+    day = PlannedDay(tmp_path, {("SPY", 0): "repaired"}, traded, connected=[], was_collected=False)
+    assert states_of(day, 0, 1, 3) == ["from_history", "not_collected", "no_trade"]
+    row = day.rows()["SPY"]
+    assert (row["not_collected_minutes"], row["repaired_minutes"], row["lost_disconnected"]) == (3, 0, 0)
+    assert row["longest_gap_minutes"] == 0
+    assert row["share"] == pytest.approx(1 / 3)

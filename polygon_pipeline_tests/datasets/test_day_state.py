@@ -132,6 +132,7 @@ def test_in_event_time_the_ends_of_a_dropped_connection_may_have_come_in_part() 
             DayState.COLLECTING,
             False,
         ),
+        ([ledger(("04:00:20", None), complete=False, last="20:10")], None, "20:11", "run-1", DayState.COMPLETE, True),
         ([ledger(("04:00:20", "14:43:30"))], None, "15:00", None, DayState.PARTIAL, False),
         ([ledger(("04:00:20", "14:43:30"))], None, "21:00", None, DayState.PARTIAL, True),
         ([ledger(("04:00:20", "14:43:30"))], "20:00", "21:00", None, DayState.FINAL, True),

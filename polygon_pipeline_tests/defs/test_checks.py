@@ -239,3 +239,22 @@ def test_a_check_can_be_run_again_by_itself(file_lake: Lake, tmp_path: Path, mon
     [evaluation] = result.get_asset_check_evaluations()
     assert (evaluation.check_name, evaluation.passed) == ("volume_not_negative", True)
     assert evaluation.metadata["days"].value == "2 days, 2026-01-26 to 2026-01-27"
+
+
+@pytest.mark.parametrize(
+    ("state", "is_over", "passed", "severity"),
+    [
+        (DayState.COLLECTING, False, False, dg.AssetCheckSeverity.WARN),
+        (DayState.PARTIAL, False, False, dg.AssetCheckSeverity.WARN),
+        (DayState.PARTIAL, True, False, dg.AssetCheckSeverity.ERROR),
+        (DayState.COMPLETE, True, True, dg.AssetCheckSeverity.ERROR),
+        (DayState.FINAL, True, True, dg.AssetCheckSeverity.ERROR),
+    ],
+)
+def test_a_day_that_is_not_complete_warns_while_its_session_runs_and_fails_after_it(
+    state: DayState, is_over: bool, passed: bool, severity: dg.AssetCheckSeverity, file_lake: Lake, tmp_path: Path
+) -> None:
+    made = MadeDataset(DAY, catalog.DAILY_BARS, tmp_path, DayStatus(state, "why", is_over), {})
+    [result] = check_day(file_lake, made)
+    assert (result.passed, result.severity) == (passed, severity)
+    assert result.metadata == {"state": str(state), "detail": "why"}

@@ -113,7 +113,7 @@ def _sense(instance: dg.DagsterInstance) -> dg.SensorResult | dg.SkipReason:
 
 
 @pytest.mark.slow
-def test_a_gap_requests_the_days_history_until_it_is_materialized(
+def test_a_gap_requests_the_days_history_after_growing_pauses_until_it_is_materialized(
     lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     day = date.fromisoformat(DAYS[0])
@@ -126,7 +126,15 @@ def test_a_gap_requests_the_days_history_until_it_is_materialized(
         instance.report_runless_asset_event(dg.AssetMaterialization("raw_bars", partition=DAYS[0]))
         asked = _sense(instance)
         assert isinstance(asked, dg.SensorResult)
-        assert [request.partition_key for request in asked.run_requests or []] == [DAYS[0]]
+        [request] = asked.run_requests or []
+        assert request.partition_key == DAYS[0]
+        failed = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"), tags=dict(request.tags))
+        waits = _sense(instance)
+        assert isinstance(waits, dg.SkipReason), "it is under way"
+        instance.report_run_failed(failed)
+        waits = _sense(instance)
+        assert isinstance(waits, dg.SkipReason), "it has just failed"
+        assert f"asked again: {DAYS[0]} from" in (waits.skip_message or "")
         materialize(instance, ["reference_bars"], DAYS[0])
         assert isinstance(_sense(instance), dg.SkipReason)
 

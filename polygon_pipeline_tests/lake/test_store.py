@@ -242,3 +242,17 @@ def test_the_first_error_cancels_the_others_and_is_raised_itself() -> None:
     with pytest.raises(ValueError, match="the fifth"):
         asyncio.run(for_each(range(10), work))
     assert ended.is_set()
+
+
+def test_a_lake_of_a_newer_format_is_refused_and_left_as_it_is(file_lake: Lake) -> None:
+    newer = b'{"feed": "polygon", "format": 2}'
+    file_lake.put(layout.FEED_KEY, newer)
+    with pytest.raises(LakeError, match="format 2"):
+        file_lake.claim("polygon")
+    assert file_lake.get(layout.FEED_KEY) == newer
+
+
+def test_a_lake_from_before_formats_had_a_number_has_the_first(file_lake: Lake) -> None:
+    file_lake.put(layout.FEED_KEY, b'{"feed":"polygon"}')
+    file_lake.claim("polygon")
+    assert file_lake.get(layout.FEED_KEY) == b'{"feed":"polygon","format":1}'

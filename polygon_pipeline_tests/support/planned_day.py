@@ -59,8 +59,10 @@ class PlannedDay:
         connected: Sequence[tuple[int, int]] = ALWAYS,
         subscribed: Sequence[str] | None = None,
         day: date = DAY,
+        was_collected: bool = True,
     ) -> None:
         folder.mkdir(exist_ok=True)
+        self.was_collected = was_collected
         self.day, self.folder, self.connected, self.subscribed = day, folder, connected, subscribed
         self.normalized = folder / "normalized.parquet"
         dataset_file(self.normalized, (collected_row(*minute, kind) for minute, kind in sorted(bars.items())))
@@ -83,4 +85,6 @@ class PlannedDay:
             return coverage.minute_states(tickers)
 
     def _coverage(self) -> Coverage:
-        return Coverage(self.day, self.normalized, self.reference, self.connected, self.folder, self.subscribed)
+        return Coverage(
+            self.day, self.normalized, self.reference, self.connected, self.folder, self.subscribed, self.was_collected
+        )
