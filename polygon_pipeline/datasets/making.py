@@ -81,8 +81,8 @@ def make_days(
 
     wanted_of: which of them to make of a day, asked on this thread before anything of the day is read. folder: an empty
     local folder, which holds two days at the most. now: aware. live_run: the run that collects now, if one does. draw:
-    with pictures of days that are over, which take 0.1 s and some 30 kB each. A day
-    that cannot be made is given with its error, and the others go on; store errors are raised.
+    with pictures of days that are over, which take 0.1 s and some 30 kB each. A day that cannot be made is given with
+    its error, and the others go on; store errors are raised.
     """
     with ThreadPoolExecutor(1) as fetching, DuckSession(folder) as session:
 

@@ -121,12 +121,13 @@ def _make(
 ) -> None:
     """Makes the run's days, with each day's checks in results and why it could not be made in errors."""
     as_of: dict[date, int] = {}
+    roots = {root.name for dataset in wanted for root in catalog.roots(dataset)}
+    tries = _tries(context.instance, context.run.root_run_id)
 
     def wanted_of(day: date) -> Sequence[Dataset]:
-        roots = {root.name for dataset in wanted for root in catalog.roots(dataset)}
         ids = latest_ids(context.instance, roots, {day.isoformat()}).get(day.isoformat(), {})
         as_of[day] = max(ids.values(), default=0)
-        return _not_made_before(context, day, wanted)
+        return _not_made_before(context.instance, tries, day, wanted)
 
     days = days_of(context.run.tags)
     draw = len(days) <= _DRAWN_DAYS
@@ -147,17 +148,24 @@ def _make(
         )
 
 
-def _not_made_before(context: dg.AssetExecutionContext, day: date, wanted: Sequence[Dataset]) -> Sequence[Dataset]:
-    """What is left to make of a day where an earlier try of this run was cut: that goes on where it was."""
-    root = context.run.root_run_id
+def _tries(instance: dg.DagsterInstance, root: str | None) -> set[str]:
+    """The runs that tried what a run tries again, by the id of the first; none where it is the first."""
     if root is None:
+        return set()
+    records = instance.get_run_records(dg.RunsFilter(tags={"dagster/root_run_id": root}))
+    return {root, *(record.dagster_run.run_id for record in records)}
+
+
+def _not_made_before(
+    instance: dg.DagsterInstance, tries: set[str], day: date, wanted: Sequence[Dataset]
+) -> Sequence[Dataset]:
+    """What is left to make of a day where an earlier try of this run was cut: that goes on where it was."""
+    if not tries:
         return wanted
-    tries = context.instance.get_run_records(dg.RunsFilter(tags={"dagster/root_run_id": root}))
-    ours = {root, *(record.dagster_run.run_id for record in tries)}
     left = []
     for dataset in wanted:
-        latest = latest_materialization(context.instance, dataset.name, day.isoformat())
-        if latest is None or latest.run_id not in ours:
+        latest = latest_materialization(instance, dataset.name, day.isoformat())
+        if latest is None or latest.run_id not in tries:
             left.append(dataset)
     return left
 

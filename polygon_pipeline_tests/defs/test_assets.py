@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -13,7 +12,7 @@ import pytest
 
 from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DAILY_BARS, DERIVED, NORMALIZED_BARS, RESAMPLED
 from polygon_pipeline.definitions import build_defs
-from polygon_pipeline.defs.assets import _not_made_before
+from polygon_pipeline.defs.assets import _not_made_before, _tries
 from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset
@@ -117,8 +116,8 @@ def test_a_run_that_was_cut_goes_on_where_it_was(lake: Lake, instance: dg.Dagste
     made = materialize(instance, [NORMALIZED_BARS.name], DAY.isoformat())
 
     def left(root: str | None) -> list[str]:
-        context: Any = SimpleNamespace(run=SimpleNamespace(root_run_id=root), instance=instance)
-        return [dataset.name for dataset in _not_made_before(context, DAY, [NORMALIZED_BARS, DAILY_BARS])]
+        found = _not_made_before(instance, _tries(instance, root), DAY, [NORMALIZED_BARS, DAILY_BARS])
+        return [dataset.name for dataset in found]
 
     assert left(None) == [NORMALIZED_BARS.name, DAILY_BARS.name]
     assert left("another run") == [NORMALIZED_BARS.name, DAILY_BARS.name]
