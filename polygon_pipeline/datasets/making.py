@@ -1,4 +1,4 @@
-"""Makes the datasets of trading days, one day after the other: the next is fetched while one is made.
+"""Makes the datasets of trading days, one day after the other: while one is stored, the next is made already.
 
 Belongs here: what is fetched and made for a day, in which order, and that a day's failure costs only that day. Does not
 belong here: what the rows are (the datasets' modules), storing them and how they show in Dagster (defs.assets).
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 from base64 import b64encode
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +37,15 @@ class WrongSchema(Exception):
     """A dataset on the lake has other columns than the catalog says: nothing is made of it."""
 
 
+# One that is made and one that is fetched, beside the one that the caller has.
+_DAYS_AHEAD = 2
+
 # What is wrong with one day, and with no other. Store errors are not among them.
 DAY_ERRORS = (NoBars, MissingDataset, UnreadableReference, WrongSchema)
 
 
 class MadeDataset(NamedTuple):
-    """One dataset of one day. file: local, until the next day is asked for. facts: what it says of itself."""
+    """One dataset of one day. file: local, until another day is given. facts: what it says of itself."""
 
     day: date
     dataset: Dataset
@@ -79,31 +84,39 @@ def make_days(
 ) -> Iterator[MadeDataset | FailedDay]:
     """Makes datasets of one channel, day by day; the caller stores each before it asks for the next.
 
-    wanted_of: which of them to make of a day, asked on this thread before anything of the day is read. folder: an empty
-    local folder, which holds two days at the most. now: aware. live_run: the run that collects now, if one does. draw:
+    While the caller stores one day, the next is made and the one after it is fetched. wanted_of: which datasets to make
+    of a day, asked on this thread before anything of the day is read. folder: an empty local folder, which holds three
+    days at the most. now: aware. live_run: the run that collects now, if one does. draw:
     with pictures of days that are over, which take 0.1 s and some 30 kB each. A day that cannot be made is given with
     its error, and the others go on; store errors are raised.
     """
-    with ThreadPoolExecutor(1) as fetching, DuckSession(folder) as session:
+    with DuckSession(folder) as session, ThreadPoolExecutor(1) as fetching, ThreadPoolExecutor(1) as making:
 
-        def begin(day: date) -> tuple[date, Sequence[Dataset], Future[_Inputs] | None]:
-            wanted = wanted_of(day)
-            made = folder / day.isoformat()
-            return day, wanted, fetching.submit(_fetch, lake, day, wanted, made) if wanted else None
+        def begin(day: date, wanted: Sequence[Dataset]) -> tuple[date, Future[list[MadeDataset | FailedDay]]]:
+            fetched = fetching.submit(_fetch, lake, day, wanted, folder / day.isoformat())
 
-        waiting = iter(days)
-        ahead = [begin(day) for day in _first(waiting)]
-        while ahead:
-            day, wanted, fetched = ahead.pop()
-            ahead = [begin(following) for following in _first(waiting)]
-            if fetched is None:
-                continue
-            try:
-                yield from _make(lake, session, day, wanted, fetched.result(), now, live_run, draw)
-            except DAY_ERRORS as error:
-                yield FailedDay(day, error)
-            finally:
+            def make() -> list[MadeDataset | FailedDay]:
+                found: list[MadeDataset | FailedDay] = []
+                try:
+                    found.extend(_make(lake, session, day, wanted, fetched.result(), now, live_run, draw))
+                except DAY_ERRORS as error:
+                    found.append(FailedDay(day, error))
+                return found
+
+            return day, making.submit(make)
+
+        # Begins a day when it is asked for.
+        begun = (begin(day, wanted) for day in days if (wanted := wanted_of(day)))
+        ahead = deque(islice(begun, _DAYS_AHEAD))
+        try:
+            while ahead:
+                day, made = ahead.popleft()
+                ahead.extend(islice(begun, 1))
+                yield from made.result()
                 shutil.rmtree(folder / day.isoformat(), ignore_errors=True)
+        finally:
+            for _, unused in ahead:
+                unused.cancel()
 
 
 def current_status(lake: Lake, day: date, folder: Path, now: datetime, live_run: str | None) -> DayStatus:
@@ -111,11 +124,6 @@ def current_status(lake: Lake, day: date, folder: Path, now: datetime, live_run:
     reference = fetch_reference(lake, day, folder)
     known_until_ms = read_reference_info(reference).until_ms if reference else 0
     return day_status(day, read_ledgers(lake, day).ledgers, known_until_ms, now, live_run)
-
-
-def _first(days: Iterator[date]) -> list[date]:
-    """The next day, or nothing."""
-    return [day for day in [next(days, None)] if day]
 
 
 def _fetch(lake: Lake, day: date, wanted: Sequence[Dataset], folder: Path) -> _Inputs:

@@ -7,10 +7,10 @@ what the statements say (each dataset's own module).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import duckdb
 
@@ -81,24 +81,6 @@ def _open(**config: str) -> duckdb.DuckDBPyConnection:
 @functools.cache
 def _in_memory() -> duckdb.DuckDBPyConnection:
     return _open()
-
-
-class Description(NamedTuple):
-    """What a Parquet file of bars holds. first, last: its first and last bar or date, as text."""
-
-    rows: int
-    tickers: int
-    first: str
-    last: str
-
-
-def describe(session: DuckSession, columns: Sequence[str]) -> Description:
-    """Describes the view `bars`, which has these columns."""
-    when = "timestamp" if "timestamp" in columns else "date"
-    [row] = session.rows(
-        f"SELECT count(*), count(DISTINCT ticker), CAST(min({when}) AS VARCHAR), CAST(max({when}) AS VARCHAR) FROM bars"
-    )
-    return Description(*row)
 
 
 def _quoted(text: str) -> str:

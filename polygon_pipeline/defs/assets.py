@@ -24,7 +24,7 @@ from polygon_pipeline.defs import checks
 from polygon_pipeline.defs.partitions import Project, days_of, latest_ids, latest_materialization, made_days
 from polygon_pipeline.defs.reference import reference_asset
 from polygon_pipeline.defs.resources import LakeResource
-from polygon_pipeline.defs.writer import write_day
+from polygon_pipeline.defs.writer import column_schema, write_day
 from polygon_pipeline.lake.dataset_files import fetch_dataset
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
@@ -82,6 +82,7 @@ def _channel_assets(project: Project, channel: Channel) -> dg.AssetsDefinition:
                 partitions_def=project.trading_days,
                 group_name=_GROUPS[channel],
                 kinds={"duckdb", "parquet"},
+                metadata=column_schema(dataset),
                 skippable=True,
             )
             for dataset in datasets

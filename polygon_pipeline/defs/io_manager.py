@@ -29,7 +29,7 @@ class ParquetIOManager(dg.ConfigurableIOManager):
         """Stores one partition. Raises dg.Failure for an empty one: no data is a failure, never an empty file."""
         file = obj if isinstance(obj, Path) else _write_parquet(obj, self.lake.scratch() / "data.parquet")
         name, day = context.asset_key.path[-1], context.partition_key
-        context.add_output_metadata(write_day(self.lake.open(), name, day, file))
+        context.add_output_metadata(write_day(self.lake.open(), name, day, file) | _column_schema(file))
 
     def load_input(self, context: dg.InputContext) -> Any:
         """Fetches one partition, or a dict of several. Raises MissingDataset for one that was never made."""
@@ -49,6 +49,13 @@ class ParquetIOManager(dg.ConfigurableIOManager):
         if annotation is pd.DataFrame:
             return pd.read_parquet(file, dtype_backend="pyarrow")
         return pq.read_table(file, partitioning=None)
+
+
+def _column_schema(file: Path) -> dict[str, dg.TableSchema]:
+    import pyarrow.parquet as pq
+
+    columns = [dg.TableColumn(field.name, str(field.type)) for field in pq.read_schema(file)]
+    return {"dagster/column_schema": dg.TableSchema(columns)}
 
 
 def _write_parquet(obj: "pa.Table | pd.DataFrame", file: Path) -> Path:

@@ -17,7 +17,7 @@ from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, Unf
 from polygon_pipeline.datasets.staleness import PastRepair, next_repair, reference_is_due
 from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_materialization, made_days
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
-from polygon_pipeline.defs.writer import day_metadata, write_day
+from polygon_pipeline.defs.writer import column_schema, day_metadata, write_day
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps
 from polygon_pipeline.lake.store import Lake, LakeError
 from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
@@ -50,6 +50,7 @@ def reference_asset(project: Project) -> dg.AssetsDefinition:
         pool="history",
         group_name="bars",
         kinds={"rest", "parquet"},
+        metadata=column_schema(REFERENCE_BARS),
     )
     def reference(
         context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import dagster as dg
-import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import DATASETS, FOLLOWING, RESAMPLED, Dataset, find
 from polygon_pipeline.definitions import build_defs
-from polygon_pipeline.defs.writer import day_metadata
-from polygon_pipeline.lake.store import Lake
-from polygon_pipeline_tests.support.bars import DAY
+from polygon_pipeline.defs.partitions import Project
+from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.materializing import PROJECT
 
 MADE = [dataset for dataset in DATASETS if dataset.columns]
@@ -64,12 +61,10 @@ def test_every_dataset_is_described_and_so_is_each_of_its_columns() -> None:
 
 
 @every_made_dataset
-def test_the_column_schema_of_a_materialization_has_the_datasets_own_descriptions(
-    dataset: Dataset, file_lake: Lake, tmp_path: Path
-) -> None:
+def test_an_asset_shows_its_own_columns_with_their_descriptions(dataset: Dataset) -> None:
     """Names repeat between datasets, and mean other things there: `volume` is of the regular hours in daily_bars."""
-    pq.write_table(dataset.schema().empty_table(), tmp_path / "day.parquet")
-    shown = day_metadata(file_lake, dataset.name, DAY.isoformat(), tmp_path / "day.parquet")["dagster/column_schema"]
+    asset = build_defs(Project(channels=tuple(Channel))).resolve_asset_graph().get(dg.AssetKey(dataset.name))
+    shown = asset.metadata["dagster/column_schema"]
     assert isinstance(shown, dg.TableSchema)
     assert [(column.name, column.description) for column in shown.columns] == [
         (column.name, column.description) for column in dataset.columns
