@@ -202,6 +202,8 @@ class _Run:
         if receiving:
             receiving.join()
         self._drain(reason, publishing, received=receiving is not None)
+        if failure is None and not self._failures.empty():  # while it ended
+            failure = self._failures.get()
         if failure:
             raise failure
         self._report_recovered()
@@ -240,10 +242,12 @@ class _Run:
 
     def _drain(self, reason: str, publishing: threading.Thread, received: bool) -> None:
         """Publishes the rest, as long as that makes progress; what is left waits for the next start."""
-        with contextlib.suppress(JournalError):  # raised where it happened: this only ends what can be ended
+        with contextlib.suppress(JournalError):  # close() raises it too
             self._journal.append(RecordType.EVENT, msgspec.json.encode(ArchivedEvent("ended", reason)))
-        with contextlib.suppress(JournalError):
+        try:
             self._journal.close()
+        except JournalError as error:
+            self._failures.put(error)
         self._drain_deadline = time.monotonic() + DRAIN_SECONDS
         self._enter(Phase.DRAINING)
         publishing.join()

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from polygon_pipeline.lake.durable import make_folder, sync_file, sync_path
 from polygon_pipeline.lake.ledger import TimeBase
 
 # A segment becomes one archive object, and is held in memory while it does.
@@ -129,6 +130,7 @@ class Segments:
         """Removes the folder: everything in it is on the lake."""
         # Renamed first, in one step: a folder half removed would be recovered without its state.
         done = self.folder.rename(self.folder.with_name(f".{self.folder.name}{_DONE}"))
+        sync_path(done.parent)
         shutil.rmtree(done, ignore_errors=True)  # another start may be sweeping it
         os.close(self._lock_file)
 
@@ -146,7 +148,7 @@ class Journal(Segments):
 
     def __init__(self, root: Path, header: JournalHeader, segment_bytes: int = SEGMENT_BYTES) -> None:
         folder = root / header.run
-        folder.mkdir(parents=True)
+        make_folder(folder)
         super().__init__(folder, _lock(folder))
         self._segment_bytes = segment_bytes
         self._changed = threading.Condition()
@@ -225,7 +227,7 @@ class Journal(Segments):
         self._number += 1
         self._file = os.open(self.path(self._number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         self._written = self._synced = 0
-        _sync_folder(self.folder)
+        sync_path(self.folder)
 
     def _sync_until_closed(self) -> None:
         try:
@@ -238,10 +240,10 @@ class Journal(Segments):
                     number, file, written = self._number, self._file, self._written
                     last = not self._is_open and not closing and written == self._synced
                 for _, closed_file, _ in closing:
-                    os.fdatasync(closed_file)
+                    sync_file(closed_file)
                     os.close(closed_file)
                 if written > self._synced:
-                    os.fdatasync(file)
+                    sync_file(file)
                 self._check_space()
                 with self._changed:
                     self._closed.update({closed: size for closed, _, size in closing})
@@ -254,9 +256,11 @@ class Journal(Segments):
                 if last:
                     return
                 time.sleep(_GROUP_SECONDS)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 whatever ends this thread, nothing is safe without it
             with self._changed:
-                self._failure = JournalError(f"The journal {self.folder} cannot be synced: {error}.")
+                self._failure = JournalError(
+                    f"The journal {self.folder} cannot be synced: {type(error).__name__}: {error}. Check that disk."
+                )
                 self._changed.notify_all()
 
     def _check_space(self) -> None:
@@ -304,9 +308,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def _records(content: bytes, offset: int) -> Iterator[JournalRecord]:
@@ -339,11 +343,3 @@ def _lock(folder: Path) -> int:
         os.close(file)
         raise
     return file
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,10 +13,11 @@ TAKE_BATCH
   3. Keep in memory its archive lines, its quarantine lines and its objects.
 PUT_OBJECTS
   4. Put each object under a condition: it did not exist, or it is the older revision that was just read. So a late
-     retry of an older revision cannot overwrite a newer one. A crash: the objects from `start` on are put again.
+     retry of an older revision cannot overwrite a newer one. On a local lake, sync them, because the next state file
+     passes them. A crash: the objects from `start` on are put again.
 ARCHIVE_SEGMENT, when all of a closed segment is taken and its objects are put
   5. Put the segment's frames and quarantine, made of the whole segment: the same bytes under the same keys, however
-     often. Put the ledger. On a local lake, sync them, because next the journal's copy goes.
+     often. Put the ledger.
   6. Write the state file: the next segment, from 0.
   7. Delete the segment. A crash before: the next start deletes it.
 IDLE: nothing to do until the journal grows.
@@ -25,7 +26,6 @@ IDLE: nothing to do until the journal grows.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import date, datetime
@@ -104,6 +104,7 @@ class Publisher:
         self._state_path = journal.folder / "state.json"
         self._state = _State()
         self._pending: dict[str, bytes] = {}  # the objects of the last batch, until all are put
+        self._unsynced: set[str] = set()  # those that are put, until all are synced
         self._lines: dict[date, list[bytes]] = defaultdict(list)  # the archive of the segment under way
         self._quarantine: list[bytes] = []
         self._known = _KnownObjects(lake)
@@ -128,6 +129,8 @@ class Publisher:
         match stage:
             case Stage.PUT_OBJECTS:
                 asyncio.run(for_each(list(self._pending.items()), self._put_object))
+                self._lake.sync(self._unsynced)
+                self._unsynced.clear()
             case Stage.TAKE_BATCH:
                 self._take_batch(end)
             case Stage.ARCHIVE_SEGMENT:
@@ -136,7 +139,7 @@ class Publisher:
 
     def _stage(self) -> tuple[Stage, int]:
         """The stage, and up to where the segment under way may be read."""
-        if self._pending:
+        if self._pending or self._unsynced:
             return Stage.PUT_OBJECTS, self._state.end
         end, is_closed = self._journal.end_of(self._state.segment)
         if self._state.end < end:
@@ -263,11 +266,6 @@ class Publisher:
         for key, content in sorted(files.items()):
             self._lake.put(key, content)
         self.put_ledger(complete=False)
-        if not self._lake.is_s3:
-            if self._header.write_objects:
-                os.sync()  # there may be thousands
-            else:
-                self._lake.sync(files)
         self._save(_State(number + 1, 0, 0, account))
         # The next segment's archive starts empty, even if removing this one should fail.
         self._lines.clear()
@@ -292,6 +290,7 @@ class Publisher:
                     raise
                 await asyncio.sleep(0.1 * attempt)
         del self._pending[key]
+        self._unsynced.add(key)
 
     async def _try_put(self, key: str, content: bytes) -> bool:
         """One try; False where another writer changed or removed the object meanwhile."""

@@ -7,8 +7,9 @@ not belong here: keys (lake.layout) and what the objects contain.
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, S3Store
 
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.durable import make_folder, sync_path
 
 if TYPE_CHECKING:
     import boto3
@@ -42,6 +44,7 @@ STORE_ERRORS = (BaseError, OSError)
 # Small objects in flight at once. S3 answers in 20-50 ms, so 64 make some 2,000 a second, and local servers are
 # saturated by fewer; more connections cost the server and gain nothing.
 CONCURRENCY = 64
+_SYNC_THREADS = 16
 
 # obstore retries by itself; a caller that must not give up retries around it.
 _RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
@@ -88,19 +91,28 @@ class Lake:
         return f"{self.uri.rstrip('/')}/{key}"
 
     def put(self, key: str, content: bytes | Path) -> None:
-        """Writes one object, atomically: readers see the old one or the new one."""
+        """Writes one object, atomically: readers see the old one or the new one, and it survives a power loss."""
         obstore.put(self.store, key, content)
+        self.sync([key])
 
     def sync(self, keys: Iterable[str]) -> None:
-        """Makes objects of a local lake survive a power loss; its store leaves the time to the operating system."""
+        """Makes objects of a local lake survive a power loss; its store leaves the time to the operating system.
+
+        Objects that are not there any more are left out. Does nothing on S3, which answers when an object is safe.
+        """
+        if self.is_s3:
+            return
         files = [self.local_root / key for key in keys]
         folders = {folder for file in files for folder in file.parents if folder.is_relative_to(self.local_root)}
-        for path in [*files, *folders]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+
+        def sync(path: Path) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                sync_path(path)
+
+        # Side by side they share the file system's commits: 500 new objects in as many folders take 0.06 s with 16
+        # threads and 0.15 s with one. Syncing the whole disk takes 0.01 s, and waits for everybody else's files.
+        with ThreadPoolExecutor(_SYNC_THREADS) as threads:
+            list(threads.map(sync, [*files, *folders]))
 
     def get(self, key: str) -> bytes | None:
         """The object's content, or None if there is none."""
@@ -182,7 +194,7 @@ def open_lake(uri: str, s3: Callable[[], S3Access]) -> Lake:
     parts = urlsplit(uri)
     if parts.scheme == "file" and not parts.netloc and uri.startswith("file:///"):
         root = Path(unquote(parts.path))
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root, exist_ok=True)
         return Lake(uri, LocalStore(root))
     if parts.scheme == "s3" and parts.netloc:
         return Lake(uri, _s3_store(parts.netloc, parts.path.strip("/"), s3()))

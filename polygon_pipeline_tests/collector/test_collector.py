@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from polygon_pipeline.collector import journal
 from polygon_pipeline.collector.collector import Collector, Progress
-from polygon_pipeline.collector.journal import leftovers
+from polygon_pipeline.collector.journal import JournalError, leftovers
 from polygon_pipeline.collector.lease import read_lease
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
@@ -91,3 +92,22 @@ def test_what_a_lost_run_left_is_reported_once_it_is_on_the_lake(tmp_path: Path,
     recovered, own = progress
     assert (recovered.account.bars, recovered.dates) == (2, frozenset({DAY}))
     assert (own.account.bars, own.dates) == (0, frozenset())
+
+
+def test_a_run_whose_last_records_cannot_be_synced_does_not_end_as_a_success(
+    tmp_path: Path, file_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = False
+
+    def sync(_descriptor: int) -> None:
+        if failing:
+            raise OSError("input/output error")
+
+    def ending() -> str:
+        nonlocal failing
+        failing = True
+        return "enough"
+
+    monkeypatch.setattr(journal, "sync_file", sync)
+    with Exchange([], speed=0) as exchange, pytest.raises(JournalError, match="input/output error"):
+        Collector(file_lake, plan(exchange.url, tmp_path / "journal"), _LOG).run(ending, lambda _: None)

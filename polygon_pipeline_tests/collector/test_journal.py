@@ -213,3 +213,22 @@ def test_a_nearly_full_disk_fails_the_journal_while_its_records_can_still_be_pub
     publish(publisher)
     assert [line.content for line in archived_lines(file_lake, DAY)] == [frame]
     journal.discard()
+
+
+# Syncing that fails
+
+
+def test_whatever_goes_wrong_while_syncing_fails_the_journal(
+    tmp_path: Path, file_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_descriptor: int) -> None:
+        raise AttributeError("module 'os' has no attribute 'fdatasync'")
+
+    journal = Journal(tmp_path / "journal", journal_header(lake_uri=file_lake.uri))
+    monkeypatch.setattr(journal_module, "sync_file", fail)
+    journal.append(RecordType.FRAME, b"[]")
+    with pytest.raises(JournalError, match=r"cannot be synced: AttributeError.*Check that disk"):
+        journal.close()
+    with pytest.raises(JournalError, match="cannot be synced"):
+        journal.append(RecordType.FRAME, b"[]")
+    journal.release()

@@ -25,6 +25,7 @@ from polygon_pipeline_tests.support.journals import (
     read_ledger,
 )
 from polygon_pipeline_tests.support.lakes import local_lake
+from polygon_pipeline_tests.support.power import Power
 from polygon_pipeline_tests.support.traps import Killed, Trap, armed
 
 
@@ -112,6 +113,37 @@ def test_a_segment_damaged_before_or_during_its_recovery_never_stops_the_recover
         kept = [line.content for line in archived_lines(lake, DAY)]
         assert kept == frames[: at * len(frames) // len(content)]
         assert read_ledger(lake).account.torn_bytes == len(content) - len(kept) * len(content) // len(frames)
+
+
+def test_after_a_power_loss_at_any_step_every_record_is_on_the_lake_or_in_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    power = Power(monkeypatch)
+    machine = tmp_path / "machine"
+    machine.mkdir()
+    lake, root = local_lake(machine / "data" / "lake"), machine / "var" / "journal"
+    frames = [frame_of(plain_bar("SPY", NOON + minute * 60_000, minute)) for minute in range(3)]
+    finished_journal(root, lake, [*frames, b"nothing"])
+    (journal,) = leftovers(root)
+    publisher = Publisher(lake, journal, journal.header, batch_bytes=1)
+    moments = [tmp_path / "before"]
+    power.lose(machine, moments[0])
+    while publisher.step():
+        moments.append(tmp_path / f"after-{len(moments)}")
+        power.lose(machine, moments[-1])
+    publisher.put_ledger(complete=True)
+    journal.discard()
+    moments.append(tmp_path / "at-the-end")
+    power.lose(machine, moments[-1])
+    for left in moments:
+        lake = local_lake(left / "data" / "lake")
+        publish_leftovers(lake, left / "var" / "journal")
+        records = [json.loads(lake.get(key) or b"") for key in lake.keys("raw-data")]
+        assert [record["bar_data"]["close"] for record in records] == [0, 1, 2], left.name
+        assert [line.content for line in archived_lines(lake, DAY)] == frames, left.name
+        assert len(list(quarantined_entries(lake, DAY))) == 1, left.name
+        ledger = read_ledger(lake)
+        assert (ledger.complete, ledger.imbalance, ledger.account.bars) == (True, [], 3), left.name
 
 
 def test_a_kill_at_any_moment_of_removing_a_published_journal_changes_no_ledger_and_leaves_no_files(
