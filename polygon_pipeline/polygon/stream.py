@@ -29,6 +29,8 @@ PING_SECONDS = 20.0
 SILENCE_SECONDS = 30.0
 # From connecting to the last acknowledgement. Thousands of tickers are acknowledged within a second or two.
 HANDSHAKE_SECONDS = 20.0
+# How long the server may take to answer our close frame.
+CLOSE_SECONDS = 1.0
 # Topics in one subscribe message: far below any limit met so far, and few messages for a long list.
 TOPICS_PER_MESSAGE = 500
 # How often deadlines are looked at while frames come.
@@ -96,6 +98,8 @@ class _Connection:
     last_frame: float = field(default_factory=time.monotonic)
     pinged: float = field(default_factory=time.monotonic)
     checked: float = 0.0
+    closing: float | None = None
+    readable: bool = True
     warning: str | None = None
     evicted: bool = False
 
@@ -173,7 +177,7 @@ class Stream:
             self._stop.wait(delay)
 
     def _serve(self, connection: _Connection) -> None:
-        with self._socket() as socket:
+        with self._socket(connection) as socket:
             connection.opened = connection.last_heard = connection.pinged = time.monotonic()
             self._report(ConnectionEvent(EventKind.CONNECTED, "the socket is open"))
             while not self._stop.is_set():
@@ -183,10 +187,10 @@ class Stream:
                     self._check_deadlines(socket, connection)
 
     @contextlib.contextmanager
-    def _socket(self) -> Iterator[websocket.WebSocket]:
+    def _socket(self, connection: _Connection) -> Iterator[websocket.WebSocket]:
         socket = websocket.WebSocket(skip_utf8_validation=True)  # in pure Python it costs 10 ms a frame
         try:
-            frame_buffer.install(socket, self._deliver)
+            frame_buffer.install(socket, lambda: self._before_receiving(connection))
             try:
                 socket.connect(self._url, timeout=10)
             except _SOCKET_ERRORS as error:
@@ -195,11 +199,27 @@ class Stream:
             yield socket
         finally:
             try:
+                self._take_rest(socket, connection)
                 self._deliver()
             finally:
-                with contextlib.suppress(websocket.WebSocketException, OSError):
-                    socket.close(timeout=1)
-                socket.shutdown()  # after the server's own close frame, close() leaves the descriptor open
+                socket.shutdown()
+
+    def _take_rest(self, socket: websocket.WebSocket, connection: _Connection) -> None:
+        """Closes the connection, and takes what is read already or comes before the server's close frame: the library's
+        own close() drops it."""
+        connection.closing = time.monotonic()
+        if not socket.connected:
+            return
+        with contextlib.suppress(*_SOCKET_ERRORS):
+            socket.send_close()
+        with contextlib.suppress(_Disconnected):
+            while connection.readable:
+                self._receive(socket, connection)
+
+    def _before_receiving(self, connection: _Connection) -> None:
+        self._deliver()
+        if connection.closing is not None and time.monotonic() - connection.closing > CLOSE_SECONDS:
+            raise _Disconnected("the server did not close the connection")
 
     def _receive(self, socket: websocket.WebSocket, connection: _Connection) -> Sequence[Status]:
         """Waits a second at most for a message, hands on a frame, and returns its statuses."""
@@ -208,8 +228,10 @@ class Stream:
         except websocket.WebSocketTimeoutException:
             return ()
         except frame_buffer.FrameTooLarge as error:
+            connection.readable = False
             raise _Disconnected(str(error)) from error
         except _SOCKET_ERRORS as error:
+            connection.readable = False
             raise _lost(error) from error
         connection.last_heard = time.monotonic()
         if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
@@ -219,6 +241,7 @@ class Stream:
                 self._patience = 1.0
             return decode_statuses(data)
         if opcode == websocket.ABNF.OPCODE_CLOSE:
+            connection.readable = False
             code, reason = int.from_bytes(data[:2]), data[2:].decode(errors="replace")
             raise _Disconnected(f"the server closed the connection (code {code}: {reason or 'no reason given'})")
         return ()

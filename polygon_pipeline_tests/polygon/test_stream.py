@@ -8,8 +8,10 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
+import websocket
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +99,68 @@ def test_no_message_subscribes_to_more_than_the_limit_and_each_topic_comes_once(
         {"action": "subscribe", "params": "A.BRK.B,AM.D"},
         {"action": "subscribe", "params": "AM.E"},
     ]
+
+
+# A stop in the middle
+
+
+def _bars(count: int) -> list[str]:
+    """Frames that are together larger than what the system hands over at once."""
+    return [json.dumps([{"ev": "AM", "sym": "SPY", "s": number, "o": "." * 300}]) for number in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_whatever_was_read_off_the_socket_is_kept_when_a_stop_comes_in_the_middle(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, CLOSE_SECONDS=seconds)
+    receive, read = websocket._core.recv, bytearray()
+
+    def recording(*arguments: Any) -> bytes:
+        piece: bytes = receive(*arguments)
+        read.extend(piece)
+        return piece
+
+    monkeypatch.setattr(websocket._core, "recv", recording)
+    kept: list[bytes] = []
+    in_the_middle, go_on = threading.Event(), threading.Event()
+
+    def keep(frames: Sequence[bytes]) -> None:
+        kept.extend(frames)
+        if any(b'"AM"' in frame for frame in frames):
+            in_the_middle.set()
+            go_on.wait(PATIENCE)
+
+    bars = _bars(3000)
+    frames = [[status("connected")], [status("auth_success")], subscribed("AM.SPY"), *map(json.loads, bars)]
+    with deaf(*frames) as url, Watched(url, on_frames=keep) as watched:
+        assert in_the_middle.wait(PATIENCE)
+        stopping = threading.Thread(target=watched.end)
+        stopping.start()
+        assert watched._stop.wait(PATIENCE)
+        go_on.set()
+        stopping.join()
+    whole = [bar for bar in bars if bar.encode() in read]
+    assert [frame.decode() for frame in kept[3:]] == whole
+    assert len(whole) > 100
+    if seconds:
+        assert whole == bars, "what has arrived is taken too"
+
+
+def test_what_the_server_sent_before_it_closed_is_kept_when_a_stop_comes_in_the_middle() -> None:
+    sent: list[str] = []
+
+    def script(client: Script) -> None:
+        client.begin()
+        for bar in _bars(3000):
+            client.say_raw(bar)
+            sent.append(bar)
+
+    with scripted(script) as server, Watched(server) as watched:
+        watched.wait_for_frame(b'"s": 99,')
+    assert [frame.decode() for frame in watched.frames[3:]][: len(sent)] == sent
+    assert len(sent) >= 100
 
 
 # Refusals
