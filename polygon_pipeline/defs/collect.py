@@ -22,7 +22,14 @@ from polygon_pipeline.collector import launching
 from polygon_pipeline.collector.collector import Collector, Plan, Progress
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
-from polygon_pipeline.defs.supervision import PatientLog, Reports, StopRequest, orphan_watch, report_canceling
+from polygon_pipeline.defs.supervision import (
+    PatientLog,
+    Reports,
+    StopRequest,
+    note_termination,
+    orphan_watch,
+    report_canceling,
+)
 from polygon_pipeline.lake.ledger import SESSION_OVER, Gap
 from polygon_pipeline.lake.store import LakeError
 from polygon_pipeline.market import calendar
@@ -80,7 +87,7 @@ def collect_aggregates(
         with _feed(wanted, day) as (url, feed_is_over):
             is_orphan = orphan_watch(context.instance, context.run)
             ending = _first_of(
-                lambda: _TERMINATED if stop.received else None,
+                lambda: _terminated(context, stop),
                 _after(config.stop_after_seconds),
                 feed_is_over,
                 lambda: _ORPHANED if is_orphan() else None,
@@ -164,6 +171,13 @@ def _feed(wanted: Settings, day: date) -> Iterator[tuple[str, Ending]]:
 
 def _first_of(*reasons: Ending) -> Ending:
     return lambda: next((found for reason in reasons if (found := reason())), None)
+
+
+def _terminated(context: dg.OpExecutionContext, stop: StopRequest) -> str | None:
+    if not stop.received:
+        return None
+    note_termination(context.instance, context.run_id)
+    return _TERMINATED
 
 
 def _after(seconds: float | None) -> Ending:

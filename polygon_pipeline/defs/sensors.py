@@ -87,16 +87,18 @@ def _past_runs(instance: dg.DagsterInstance, feed: str) -> Sequence[PastRun]:
             continue
         ended = None if record.end_time is None else datetime.fromtimestamp(record.end_time, UTC)
         day = date.fromisoformat(tags[SESSION_DATE_TAG]) if SESSION_DATE_TAG in tags else record.create_timestamp.date()
-        runs.append(PastRun(day, _outcome(record.dagster_run), ended, int(tags.get(ATTEMPT_TAG, 0))))
+        runs.append(PastRun(day, _outcome(record), ended, int(tags.get(ATTEMPT_TAG, 0))))
     return runs
 
 
-def _outcome(run: dg.DagsterRun) -> Outcome:
+def _outcome(record: dg.RunRecord) -> Outcome:
+    run = record.dagster_run
     if run.status in _ACTIVE:
         return Outcome.ACTIVE
     if run.status is dg.DagsterRunStatus.SUCCESS:
         return Outcome.SUCCEEDED
-    if run.tags.get(STOPPED_TAG) == TERMINATED_BY_HAND:
+    never_began = run.status is dg.DagsterRunStatus.CANCELED and record.start_time is None  # canceled in the queue
+    if never_began or run.tags.get(STOPPED_TAG) == TERMINATED_BY_HAND:
         return Outcome.STOPPED
     if run.status is dg.DagsterRunStatus.CANCELED or run.tags.get(STOPPED_TAG) == LOST:
         return Outcome.INTERRUPTED

@@ -122,18 +122,29 @@ def orphan_watch(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Callable[[
     return is_orphan
 
 
+def note_termination(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Tags a run that is being terminated by hand, because it is to stay ended.
+
+    At once, and not when it has drained: run monitoring calls a run that takes long CANCELED, and then nothing but the
+    tag tells it from one whose process got a signal. Where Dagster's storage is away, report_canceling() tags it.
+    """
+    try:
+        run = instance.get_run_by_id(run_id)
+        if run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
+            instance.add_run_tags(run_id, {STOPPED_TAG: TERMINATED_BY_HAND})
+    except Exception as error:  # noqa: BLE001 whatever Dagster's storage raises
+        _TERMINAL.warning(f"Dagster's storage is away, so the run's status is not known: {error}")
+
+
 def report_canceling(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
     """Lets the interruption that follows end the run as canceled; without it Dagster would call it a failure.
 
-    A run that is terminated by hand is to stay ended, and so it is tagged; one whose process only gets a signal goes
-    on with the next start of Dagster.
+    A run that is terminated by hand is to stay ended; one whose process only gets a signal goes on with the next start
+    of Dagster.
     """
+    note_termination(instance, run_id)
     run = instance.get_run_by_id(run_id)
-    if run is None or run.is_finished:
-        return
-    if run.status is dg.DagsterRunStatus.CANCELING:
-        instance.add_run_tags(run_id, {STOPPED_TAG: TERMINATED_BY_HAND})
-    else:
+    if run is not None and not run.is_finished and run.status is not dg.DagsterRunStatus.CANCELING:
         instance.report_run_canceling(run, message=f"The collector ends: {reason}.")
 
 
@@ -151,7 +162,8 @@ def fail_lost_collectors(instance: dg.DagsterInstance, job_name: str, lake: Lake
         if cause := why_lost(datetime.now(UTC), run.run_id, began, lease):
             message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
             log.warning(f"run {run.run_id}: {message}")
-            instance.add_run_tags(run.run_id, {STOPPED_TAG: LOST})
+            by_hand = run.status is dg.DagsterRunStatus.CANCELING
+            instance.add_run_tags(run.run_id, {STOPPED_TAG: TERMINATED_BY_HAND if by_hand else LOST})
             instance.report_run_failed(run, message)
             failed += 1
     return failed

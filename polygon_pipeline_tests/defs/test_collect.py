@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import dagster as dg
 import pytest
@@ -12,6 +14,7 @@ from polygon_pipeline.collector.collector import Plan
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import collect
 from polygon_pipeline.defs.partitions import URGENT
+from polygon_pipeline.defs.supervision import STOPPED_TAG, TERMINATED_BY_HAND, StopRequest
 from polygon_pipeline.settings import load
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline_tests.support.bars import DAY
@@ -33,6 +36,20 @@ def test_a_wrong_key_fails_the_run_at_once_and_names_the_variable_to_correct(
             job.execute_in_process(run_config=run_config, instance=instance)
     assert "not-the-key" not in str(failure.value)
     assert failure.value.allow_retries is False
+
+
+def test_a_termination_by_hand_is_noted_when_it_comes_and_not_when_the_run_has_drained() -> None:
+    stop = StopRequest()
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"))
+        context = cast(dg.OpExecutionContext, SimpleNamespace(instance=instance, run_id=run.run_id))
+        assert collect._terminated(context, stop) is None
+        instance.report_run_canceling(run)
+        stop.received = True
+        assert collect._terminated(context, stop) == "terminated"
+        noted = instance.get_run_by_id(run.run_id)
+    assert noted
+    assert noted.tags[STOPPED_TAG] == TERMINATED_BY_HAND
 
 
 def test_a_live_feed_judges_silence_by_the_market_and_a_simulated_one_never(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,30 @@ def test_a_run_without_a_lease_whose_process_lives_is_not_lost(
     assert lost.status is dg.DagsterRunStatus.FAILURE
 
 
+@pytest.mark.parametrize("how", ["monitored", "killed", "queued"])
+def test_a_run_terminated_by_hand_is_not_started_again_however_its_end_comes(
+    how: str, instance: dg.DagsterInstance, lake_dir: Path
+) -> None:
+    """monitored: it drains for so long that run monitoring calls it canceled. killed: it is killed while it drains."""
+    day = calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat()
+    if how == "queued":
+        tags = {collect.SESSION_DATE_TAG: day, collect.FEED_TAG: "simulated"}
+        run = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"), tags=tags)
+        instance.report_run_canceled(run)
+    else:
+        run = _started_run(instance, day)
+        instance.report_run_canceling(run)  # as Terminate does, before it sends the signal
+    if how == "monitored":
+        supervision.note_termination(instance, run.run_id)
+        instance.report_run_canceled(run, message="it took too long")
+    if how == "killed":
+        _write_lease(lake_dir, run, expires_in=-timedelta(minutes=5))
+        assert "1" in _fail_lost_runs(instance)
+    request = _tick(instance)
+    assert isinstance(request, dg.RunRequest)
+    assert request.tags[collect.SESSION_DATE_TAG] > day, "the demo goes on with the next session"
+
+
 def _started_run(instance: dg.DagsterInstance, day: str) -> dg.DagsterRun:
     job = build_defs().get_job_def("collect_aggregates")
     run = instance.create_run_for_job(job, tags={collect.SESSION_DATE_TAG: day, collect.FEED_TAG: "simulated"})

@@ -80,6 +80,27 @@ def test_a_log_that_cannot_be_stored_goes_to_the_terminal_and_ends_nothing(caplo
     assert "the database is locked" in caplog.text
 
 
+def test_a_termination_is_noted_at_the_end_where_dagsters_storage_was_away_when_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"))
+        instance.report_run_canceling(run)
+
+        def away(*_: object) -> None:
+            raise Away
+
+        with monkeypatch.context() as context:
+            context.setattr(instance, "add_run_tags", away)
+            supervision.note_termination(instance, run.run_id)
+        instance.report_run_canceled(run)  # by run monitoring, while it drained
+        supervision.report_canceling(instance, run.run_id, "terminated")
+        ended = instance.get_run_by_id(run.run_id)
+    assert ended
+    assert ended.tags[supervision.STOPPED_TAG] == supervision.TERMINATED_BY_HAND
+    assert ended.status is dg.DagsterRunStatus.CANCELED
+
+
 def test_a_run_whose_status_cannot_be_read_is_no_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "_LOOK_AT_RUN_SECONDS", 0.0)
     with dg.DagsterInstance.ephemeral() as instance:
