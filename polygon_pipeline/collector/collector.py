@@ -177,8 +177,10 @@ class _Run:
             stop=self._stop_stream,
             backoff=backoff,
             quiet_limit=plan.quiet_limit,
+            may_return=self._may_return,
         )
         self._connected = False
+        self._yielding = False
         self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # for `main` to log
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # for `main` to raise
         self._recovered: queue.SimpleQueue[Account] = queue.SimpleQueue()  # of lost runs, for `main` to report
@@ -291,12 +293,29 @@ class _Run:
         retry = "" if event.retry_seconds is None else f"; next attempt in {event.retry_seconds:.1f} s"
         self._messages.put((logging.INFO if routine else logging.WARNING, f"{event.kind}: {event.detail}{retry}"))
 
+    def _may_return(self) -> bool:
+        """Whether to connect again after an eviction: without the lease, the other may be the one that has it now."""
+        if self._lease.is_confirmed:
+            self._yielding = False
+        elif not self._yielding:
+            self._yielding = True
+            self._messages.put(
+                (
+                    logging.ERROR,
+                    "another connection took over while the lease cannot be confirmed; the stream waits until the lake "
+                    "says whose turn it is",
+                )
+            )
+        return self._lease.is_confirmed
+
     # On the thread `publish`
 
     def _publish(self) -> None:
         try:
             self._persist(lambda: self._lake.claim(self._plan.feed))
-            self._persist(lambda: self._lease.acquire(self._wait_unless_draining))
+            # Whose journal is locked here has no process any more, so its lease need not run out.
+            ended = {journal.header.run for journal in self._leftovers}
+            self._persist(lambda: self._lease.acquire(self._wait_unless_draining, ended))
             self._enter(Phase.COLLECTING)
             renewing = self._thread("lease", self._renew)
             # Lost runs first: their bars are older, and so revisions reach the lake in the order they came.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import Enum, auto
 
-from polygon_pipeline.collector.lease import Holding
+from polygon_pipeline.collector.lease import TOLERANCE, TTL, Holding
 from polygon_pipeline.market.calendar import NEW_YORK, current_or_next_session, session
 
 # Bars are revised for about 15 minutes after their end; the last ones of after hours are waited for.
@@ -67,17 +67,15 @@ def session_end(day: date) -> datetime:
     return found.post_close + REVISIONS
 
 
-def why_lost(now: datetime, owner: str, started_at: datetime, lease: Holding | None) -> str | None:
-    """Why a run that counts as started is lost, or None if it may be alive. owner: the run's id.
+def why_lost(lease: Holding | None, unchanged: timedelta) -> str | None:
+    """Why a run that counts as started is lost, or None if it may be alive. lease: the run's own, or None where it
+    has none. unchanged: for how long that was seen to be so, on one's own clock.
 
-    A run holds the lease, or is about to take it or to end; one that has been without it for minutes is gone.
+    A run holds the lease and renews it, or is about to take it or to end; one that does neither for minutes is gone.
     """
-    seen = started_at
-    if lease is not None and lease.owner == owner:
-        if not lease.released:
-            return f"its lease, last renewed {lease.renewed_at:%H:%M:%S} UTC, is free" if lease.is_free(now) else None
-        seen = lease.renewed_at
-    return "it holds no lease" if now > seen + _WITHOUT_LEASE else None
+    if lease is None or lease.released:
+        return "it holds no lease" if unchanged > _WITHOUT_LEASE else None
+    return f"its lease was not renewed for {unchanged.total_seconds():.0f} s" if unchanged > TTL + TOLERANCE else None
 
 
 def quiet_limit(now: datetime) -> float | None:

@@ -5,7 +5,10 @@ belong here: what a collector does when it has lost it (collector.collector), or
 
 On S3 the lease is one object, written under a condition only: it did not exist, or it is the version last read. On
 a local lake an OS lock beside it excludes others, and ends with the process. A lease that cannot be renewed because
-the store is down is not lost: no other collector can take it either. It is lost when another has taken it.
+the store is down is not lost: it is lost when another has taken it.
+
+Another's lease is judged by the renewals that are seen, on one's own clock (Watch): wall clocks differ between
+machines.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,8 +32,8 @@ from polygon_pipeline.lake.store import NOT_FOUND, Lake
 
 TTL = timedelta(seconds=60)
 RENEW_SECONDS = 15.0
-# Machines' clocks differ: who takes a lease over waits this much longer than its expiry.
-CLOCK_TOLERANCE = timedelta(seconds=15)
+# Who takes a lease over waits this much longer than it lasts: clocks run differently fast, and a renewal takes time.
+TOLERANCE = timedelta(seconds=15)
 _TRIES = 5
 
 
@@ -55,7 +59,7 @@ class CollectorStatus(msgspec.Struct, frozen=True):
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """The lease's content. owner: who may be asked about the run (Dagster's run id); machine: host and boot."""
+    """The lease's content. owner: who may be asked about the run (Dagster's run id). machine: see this_machine()."""
 
     run: str
     owner: str
@@ -65,20 +69,31 @@ class Holding(msgspec.Struct, frozen=True):
     expires_at: datetime
     status: CollectorStatus = CollectorStatus()
     released: bool = False
-    process_started: int | None = None
 
     def is_free(self, now: datetime) -> bool:
-        """Whether the next collector may take it: it was released, or its holder is gone.
+        """Whether nobody seems to collect. By two machines' wall clocks: good enough to show, and nothing else."""
+        return self.released or now > self.expires_at + TOLERANCE
 
-        Of a process of this machine that is certain, so an outage of the store, in which no lease can be renewed, is
-        not taken for its death. Of another machine's there is only the expiry.
-        """
-        if self.released:
-            return True
-        if self.machine == this_machine():
-            started = process_start(self.pid)
-            return started is None or self.process_started not in (None, started)
-        return now > self.expires_at + CLOCK_TOLERANCE
+
+class Watch:
+    """How long what others write has not changed, as seen by this process, on its own clock.
+
+    clock: in seconds, and it never steps. A change is missed by nobody who looks more often than a lease lasts; who
+    looks less often, or could not look because the store was away from the holder too, begins to count anew.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[object, float, float]] = {}  # what, since when, and when it was looked at last
+
+    def unchanged(self, name: str, what: object) -> timedelta:
+        """Looks at what stands under a name now."""
+        now = self._clock()
+        before, since, looked = self._seen.get(name, (None, now, now))
+        if what != before or now - looked > TTL.total_seconds():
+            since = now
+        self._seen[name] = what, since, now
+        return timedelta(seconds=now - since)
 
 
 def read_lease(lake: Lake) -> Holding | None:
@@ -94,34 +109,54 @@ def live_run(lake: Lake) -> str | None:
 
 
 class Lease:
-    """A collector's side of it. Not thread-safe. The store's errors pass through: the caller tries again."""
+    """A collector's side of it. Not thread-safe, but for is_confirmed. The store's errors pass through: the caller
+    tries again. clock: as in Watch."""
 
-    def __init__(self, lake: Lake, run: str, owner: str) -> None:
+    def __init__(self, lake: Lake, run: str, owner: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._lake = lake
         self._run = run
         self._owner = owner
         self._status = CollectorStatus()
         self._etag: str | None = None
         self._lock: int | None = None
+        self._clock = clock
+        self._confirmed: float | None = None
 
-    def acquire(self, wait: Callable[[float], None] = time.sleep) -> None:
-        """Takes the lease, waiting for a dead holder's to expire. Raises LeaseHeld where the holder is alive."""
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether no other can have the lease: the store has taken it for this run, and that has not run out."""
+        if not self._lake.is_s3:
+            return self._lock is not None
+        return self._confirmed is not None and self._clock() - self._confirmed < TTL.total_seconds()
+
+    def acquire(self, wait: Callable[[float], None] = time.sleep, ended: Collection[str] = ()) -> None:
+        """Takes the lease. Raises LeaseHeld where the holder is seen to be alive, and waits until that is clear.
+
+        ended: runs that are known to be over, whatever their lease says.
+        """
         if not self._lake.is_s3:
             self._acquire_lock()
             self.renew(CollectorStatus())
             return
-        seen: Holding | None = None
+        watch = Watch(self._clock)  # a new one after an error of the store: the holder cannot renew then either
+        first: Holding | None = None
         while True:
             holding, self._etag = self._read()
             mine = holding is not None and holding.run == self._run  # taken before, but the answer was lost
-            if holding is None or mine or holding.is_free(datetime.now(UTC)):
+            if (
+                holding is None
+                or mine
+                or holding.released
+                or holding.run in ended
+                or watch.unchanged("", holding) > TTL + TOLERANCE
+            ):
                 with contextlib.suppress(LeaseLost):  # another was quicker: look at it
                     self.renew(CollectorStatus())
                     return
                 continue
-            if seen is not None and holding.renewed_at != seen.renewed_at:
+            if first is not None and holding != first:
                 raise LeaseHeld(_held(self._lake.uri, holding))
-            seen = holding
+            first = holding
             wait(2.0)
 
     def renew(self, status: CollectorStatus) -> None:
@@ -138,19 +173,17 @@ class Lease:
             self._lock = None
 
     def _write(self, released: bool) -> None:
-        now = datetime.now(UTC)
-        pid = os.getpid()
+        now, started = datetime.now(UTC), self._clock()
         content = msgspec.json.encode(
             Holding(
                 run=self._run,
                 owner=self._owner,
                 machine=this_machine(),
-                pid=pid,
+                pid=os.getpid(),
                 renewed_at=now,
                 expires_at=now + TTL,
                 status=self._status,
                 released=released,
-                process_started=process_start(pid),
             )
         )
         if not self._lake.is_s3:
@@ -168,6 +201,7 @@ class Lease:
                 self._etag = etag  # our own, of a write whose answer was lost
                 continue
             self._etag = result["e_tag"]
+            self._confirmed = started
             return
         raise LeaseLost(f"{self._lake.uri} refuses every renewal of this collector's own lease")
 
@@ -207,22 +241,9 @@ def _held(uri: str, holding: Holding) -> str:
 
 
 def this_machine() -> str:
-    """The host's name and boot: a process id means something within one boot of one host only."""
+    """Where a process id means the same process: the host's name and boot, and the container's processes in it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = "unknown-boot"
-    return f"{socket.gethostname()}/{boot}"
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this machine started, in ticks since boot (0 where the system does not say), or None if there
-    is none. The id alone could be another's by now; a killed process keeps it until its parent has looked."""
-    try:
-        os.kill(pid, 0)
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except ProcessLookupError:
-        return None
-    except OSError:  # another user's process, or no /proc
-        return 0
-    return None if state == "Z" else int(fields[18])
+        return f"{socket.gethostname()}/{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # macOS has no /proc, and no containers of its own
+        return f"{socket.gethostname()}/{uuid.getnode():x}"

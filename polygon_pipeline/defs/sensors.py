@@ -12,6 +12,7 @@ import dagster as dg
 
 from polygon_pipeline import demo
 from polygon_pipeline.collector.launching import Outcome, PastRun, Start, decide_live
+from polygon_pipeline.collector.lease import Watch
 from polygon_pipeline.defs.collect import FAILED_FOR_GOOD_TAG, FEED_TAG, SESSION_DATE_TAG, collect_aggregates_job
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.supervision import (
@@ -25,6 +26,8 @@ from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
 
 ATTEMPT_TAG = "polygon_pipeline/attempt"
 _LOADED_AT = datetime.now(UTC)
+# What this process has seen of the lease: a new process takes a lease's duration longer to find a lost run.
+_WATCH = Watch()
 
 _ACTIVE = {
     dg.DagsterRunStatus.NOT_STARTED,
@@ -69,7 +72,7 @@ def lost_runs_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) ->
     job = collect_aggregates_job.name
     failed = fail_killed_runs(context.instance, but=job, log=context.log)
     try:
-        failed += fail_lost_collectors(context.instance, job, lake.open(), context.log)
+        failed += fail_lost_collectors(context.instance, job, lake.open(), _WATCH, context.log)
     except (*STORE_ERRORS, LakeError) as error:
         return dg.SkipReason(f"the lease cannot be read, so no collector counts as lost: {brief(error)}")
     return dg.SkipReason(

@@ -10,17 +10,18 @@ STARTED for ever. The other launchers have health checks of their own.
 import logging
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import dagster as dg
 
 from polygon_pipeline.collector.launching import why_lost
-from polygon_pipeline.collector.lease import process_start, read_lease
+from polygon_pipeline.collector.lease import Watch, read_lease, this_machine
 from polygon_pipeline.lake.store import Lake
 
 STOPPED_TAG = "polygon_pipeline/stopped_by"
@@ -32,6 +33,7 @@ _MANAGED = {dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.Dagste
 _LOOK_AT_RUN_SECONDS = 5.0
 _RETRY_SECONDS = 2.0
 
+_PROC = Path("/proc")
 _TERMINAL = logging.getLogger(__name__)
 
 
@@ -148,18 +150,26 @@ def report_canceling(instance: dg.DagsterInstance, run_id: str, reason: str) -> 
         instance.report_run_canceling(run, message=f"The collector ends: {reason}.")
 
 
-def fail_lost_collectors(instance: dg.DagsterInstance, job_name: str, lake: Lake, log: logging.Logger) -> int:
-    """Reports collector runs failed that are lost, by the lake's lease; returns how many. Raises the store's errors."""
+def fail_lost_collectors(
+    instance: dg.DagsterInstance, job_name: str, lake: Lake, watch: Watch, log: logging.Logger
+) -> int:
+    """Reports collector runs failed that are lost; returns how many. Raises the store's errors.
+
+    By their process, where it is known, and otherwise by the lake's lease. watch: the one of the looks before.
+    """
     started = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
     records = instance.get_run_records(dg.RunsFilter(job_name=job_name, statuses=started))
     lease = read_lease(lake) if records else None
     failed = 0
     for record in records:
         run = record.dagster_run
-        if _has_process(instance, record):
+        own = lease if lease is not None and lease.owner == run.run_id else None
+        cause = why_lost(own, watch.unchanged(run.run_id, own))
+        if own and own.machine == this_machine() and not _is_alive(own.pid, record.start_time or 0.0):
+            cause = f"its process {own.pid} is gone"
+        elif _process_lives(instance, record):
             continue  # it may be without a lease because its store is away
-        began = datetime.fromtimestamp(record.start_time, UTC) if record.start_time else record.create_timestamp
-        if cause := why_lost(datetime.now(UTC), run.run_id, began, lease):
+        if cause:
             message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
             log.warning(f"run {run.run_id}: {message}")
             by_hand = run.status is dg.DagsterRunStatus.CANCELING
@@ -175,27 +185,24 @@ def fail_killed_runs(instance: dg.DagsterInstance, but: str, log: logging.Logger
     Their processes are known, and are on this machine. Dagster then tries the runs again (run_retries), and a backfill
     goes on where it was.
     """
-    if not isinstance(instance.run_launcher, dg.DefaultRunLauncher):
-        return 0
     failed = 0
     for record in instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
         run = record.dagster_run
         if run.job_name == but:
             continue
-        pid = _process_of(instance, run.run_id)
-        if pid and not _is_alive(pid, record.start_time or 0.0):
-            log.warning(f"run {run.run_id}: its process {pid} is gone")
-            instance.report_run_failed(run, f"The run's process {pid} is gone: it was killed, or the machine.")
+        if _process_lives(instance, record) is False:
+            log.warning(f"run {run.run_id}: its process is gone")
+            instance.report_run_failed(run, "The run's process is gone: it was killed, or the machine.")
             failed += 1
     return failed
 
 
-def _has_process(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool:
-    """Whether a run's process is known to live: the default launcher started it, on this machine."""
+def _process_lives(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool | None:
+    """Whether a run's process lives, where the default launcher started it, on this machine; None where another did."""
     if not isinstance(instance.run_launcher, dg.DefaultRunLauncher):
-        return False
+        return None
     pid = _process_of(instance, record.dagster_run.run_id)
-    return pid is not None and _is_alive(pid, record.start_time or 0.0)
+    return None if pid is None else _is_alive(pid, record.start_time or 0.0)
 
 
 def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:
@@ -209,8 +216,32 @@ def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:
 
 def _is_alive(pid: int, run_started: float) -> bool:
     """Whether the process is there and is the run's: after a restart of the machine the id may be another's."""
-    ticks = process_start(pid)
-    if not ticks:
-        return ticks is not None
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age < run_started + 1
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's, as its age tells
+        pass
+    try:
+        state, age = _from_proc(pid) if _PROC.exists() else _from_ps(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return not _PROC.exists()  # gone since; without ps there is only the id
+    return not state.startswith("Z") and time.time() - age < run_started + 1
+
+
+def _from_proc(pid: int) -> tuple[str, float]:
+    """A process's state (Z: it ended, and waits for its parent to look) and its age in seconds."""
+    state, *fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return state, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[18]) / os.sysconf("SC_CLK_TCK")
+
+
+def _from_ps(pid: int) -> tuple[str, float]:
+    """The same where there is no /proc, as on macOS. Raises ProcessLookupError, and FileNotFoundError without ps."""
+    command = ["ps", "-o", "stat=", "-o", "etime=", "-p", str(pid)]
+    fields = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    if len(fields) != 2:
+        raise ProcessLookupError(pid)
+    state, elapsed = fields  # such as Ss and 1-02:03:04 (days, hours, minutes, seconds)
+    days, _, clock = elapsed.rpartition("-")
+    hours, minutes, seconds = [0, *map(int, clock.split(":"))][-3:]
+    return state, ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

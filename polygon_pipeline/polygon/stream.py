@@ -122,7 +122,8 @@ class Stream:
     topics: subscriptions such as `AM.AAPL` or `AM.*`. on_frames and on_event are called on the stream's thread and
     must be quick; an exception they raise ends the stream. quiet_limit: how many seconds a subscribed connection may
     bring no frame, asked every second; None says that silence is normal now. A list that stays silent is given twice
-    the time with every connection, until a frame comes.
+    the time with every connection, until a frame comes. may_return: whether to connect again after an eviction, asked
+    every second until it is so.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Stream:
         stop: threading.Event,
         backoff: Backoff | None = None,
         quiet_limit: Callable[[], float | None] = lambda: None,
+        may_return: Callable[[], bool] = lambda: True,
     ) -> None:
         frame_buffer.verify()
         self._url = url
@@ -147,6 +149,7 @@ class Stream:
         self._stop = stop
         self._backoff = backoff or Backoff()
         self._quiet_limit = quiet_limit
+        self._may_return = may_return
         self._patience = 1.0
 
     def run(self) -> None:
@@ -175,6 +178,8 @@ class Stream:
             delay = self._backoff.next_delay(connection.live_seconds, connection.evicted)
             self._report(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3)))
             self._stop.wait(delay)
+            while connection.evicted and not self._stop.is_set() and not self._may_return():
+                self._stop.wait(1)
 
     def _serve(self, connection: _Connection) -> None:
         with self._socket(connection) as socket:

@@ -11,10 +11,11 @@ import pytest
 from polygon_pipeline.collector import journal
 from polygon_pipeline.collector.collector import Collector, Progress
 from polygon_pipeline.collector.journal import JournalError, leftovers
-from polygon_pipeline.collector.lease import read_lease
+from polygon_pipeline.collector.lease import Lease, read_lease
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.polygon.stream import Backoff
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline_tests.support.archives import archived_lines
 from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar
@@ -22,6 +23,7 @@ from polygon_pipeline_tests.support.collecting import plan
 from polygon_pipeline_tests.support.feeds import event
 from polygon_pipeline_tests.support.journals import finished_journal, frame_of, publish_leftovers, read_ledger
 from polygon_pipeline_tests.support.lakes import local_lake
+from polygon_pipeline_tests.support.scripted import Script, scripted, status
 
 _LOG = logging.getLogger("test")
 
@@ -111,3 +113,34 @@ def test_a_run_whose_last_records_cannot_be_synced_does_not_end_as_a_success(
     monkeypatch.setattr(journal, "sync_file", sync)
     with Exchange([], speed=0) as exchange, pytest.raises(JournalError, match="input/output error"):
         Collector(file_lake, plan(exchange.url, tmp_path / "journal"), _LOG).run(ending, lambda _: None)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_evicted_while_its_lease_cannot_be_confirmed_waits_and_says_so(
+    tmp_path: Path, file_lake: Lake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when S3 cannot be reached from here, and another machine has taken over."""
+    reachable = False
+    monkeypatch.setattr(Lease, "is_confirmed", property(lambda _: reachable))
+    monkeypatch.setattr(Backoff, "next_delay", lambda *_, **__: 0.0)
+
+    def script(client: Script) -> None:
+        client.begin()
+        if client.number == 1:
+            client.say(status("max_connections", "another connection"))
+        else:
+            client.wait_until_the_client_goes()
+
+    def ending() -> str | None:
+        nonlocal reachable
+        if "whose turn it is" in caplog.text:
+            reachable = True
+        return "enough" if caplog.text.count("subscribed: ") == 2 else None
+
+    with caplog.at_level(logging.INFO), scripted(script) as server:
+        wanted = plan(server.url, tmp_path / "journal", topics=["AM.SPY"])
+        try:
+            Collector(file_lake, wanted, _LOG).run(ending, lambda _: None)
+        finally:
+            server.leaving.set()
+    assert caplog.text.count("whose turn it is") == 1

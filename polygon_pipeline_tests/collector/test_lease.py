@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
@@ -15,23 +16,22 @@ import obstore
 import pytest
 
 from polygon_pipeline.collector.lease import (
-    CLOCK_TOLERANCE,
+    TOLERANCE,
     TTL,
     CollectorStatus,
     Holding,
     Lease,
     LeaseHeld,
     LeaseLost,
+    Watch,
     read_lease,
     this_machine,
 )
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake
 from polygon_pipeline_tests.support.faulty_s3 import Fault, FaultyS3, lake_behind
-from polygon_pipeline_tests.support.leases import holding
+from polygon_pipeline_tests.support.leases import Clock, holding
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
-
-_SECOND = timedelta(seconds=1)
 
 
 class _WouldWait(Exception):
@@ -46,8 +46,8 @@ def _put(lake: Lake, holding: Holding) -> None:
     lake.put(layout.LEASE_KEY, msgspec.json.encode(holding))
 
 
-def _lease(lake: Lake, run: str) -> Lease:
-    return Lease(lake, run, f"owner of {run}")
+def _lease(lake: Lake, run: str, clock: Callable[[], float] = time.monotonic) -> Lease:
+    return Lease(lake, run, f"owner of {run}", clock)
 
 
 def _holder(lake: Lake) -> str | None:
@@ -101,50 +101,78 @@ def test_a_released_lease_is_free_at_once(lake: Lake) -> None:
         assert _holder(lake) == "run-2"
 
 
-def test_an_expired_lease_is_taken_over_and_its_holder_finds_out(s3_lake: Lake) -> None:
+def test_a_lease_that_is_seen_not_to_be_renewed_is_taken_over_and_its_holder_finds_out(s3_lake: Lake) -> None:
+    clock = Clock()
     with _acquired(s3_lake, "run-1") as first:
-        _put(s3_lake, holding("run-1", expires_in=-CLOCK_TOLERANCE - _SECOND))
-        with _acquired(s3_lake, "run-2") as second:
-            assert _holder(s3_lake) == "run-2"
-            with pytest.raises(LeaseLost, match="run run-2"):
-                first.renew(CollectorStatus())
-            first.release()  # gives up nothing that is another's
-            assert _holder(s3_lake) == "run-2"
-            second.renew(CollectorStatus())
+        second = _lease(s3_lake, "run-2", clock)
+        second.acquire(clock.wait)
+        assert _holder(s3_lake) == "run-2"
+        assert timedelta(seconds=clock.now - 1000) > TTL + TOLERANCE
+        with pytest.raises(LeaseLost, match="run run-2"):
+            first.renew(CollectorStatus())
+        first.release()  # gives up nothing that is another's
+        assert _holder(s3_lake) == "run-2"
+        second.renew(CollectorStatus())
+        second.release()
 
 
-def test_an_expired_lease_is_taken_over_only_after_the_tolerance_for_other_clocks(s3_lake: Lake) -> None:
-    dead = holding(expires_in=-CLOCK_TOLERANCE / 2)
-    _put(s3_lake, dead)
-    waited = []
+@pytest.mark.parametrize("ahead", [timedelta(days=-1), -TTL, TTL, timedelta(days=1)])
+def test_a_lease_that_is_renewed_is_nobody_elses_whatever_the_clock_of_its_holder_says(
+    ahead: timedelta, s3_lake: Lake
+) -> None:
+    clock, held = Clock(), holding("run-1", expires_in=ahead)
+    _put(s3_lake, held)
+    with pytest.raises(_WouldWait):
+        _lease(s3_lake, "run-2").acquire(_refuse_to_wait)
 
     def wait(seconds: float) -> None:
-        """Stands for the time that passes: it makes the lease as old as it would be then."""
-        waited.append(seconds)
-        expired = dead.expires_at - CLOCK_TOLERANCE if len(waited) == 3 else dead.expires_at
-        _put(s3_lake, msgspec.structs.replace(dead, expires_at=expired))
+        clock.wait(seconds)
+        if clock.now > 1030:
+            _put(s3_lake, msgspec.structs.replace(held, renewed_at=held.renewed_at + timedelta(seconds=15)))
 
-    _lease(s3_lake, "run-2").acquire(wait)
-    assert len(waited) == 3
-    assert _holder(s3_lake) == "run-2"
+    with pytest.raises(LeaseHeld, match="run run-1"):
+        _lease(s3_lake, "run-2", clock).acquire(wait)
 
 
-def test_a_lease_whose_process_died_on_this_machine_is_taken_over_at_once(s3_lake: Lake) -> None:
+def test_a_process_that_is_not_seen_says_nothing_of_a_lease_and_a_run_that_is_over_all(s3_lake: Lake) -> None:
+    """Another container of this host has processes of its own."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    zombie = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
-    assert zombie.stdout
-    zombie.stdout.read()  # its end; its exit code has not been asked for yet
-    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
-    for number, pid in enumerate((gone.pid, zombie.pid)):
-        _put(s3_lake, holding(machine=this_machine(), pid=pid))
-        with _acquired(s3_lake, f"run-{number}"):
-            assert _holder(s3_lake) == f"run-{number}"
-    zombie.wait()
-    # The same number on another machine, or before a reboot, says nothing.
-    _put(s3_lake, holding(pid=gone.pid))
+    _put(s3_lake, holding("run-1", machine=this_machine(), pid=gone.pid))
+    lease = _lease(s3_lake, "run-2")
     with pytest.raises(_WouldWait):
-        _lease(s3_lake, "run-9").acquire(_refuse_to_wait)
+        lease.acquire(_refuse_to_wait)
+    lease.acquire(_refuse_to_wait, ended={"run-1"})
+    assert _holder(s3_lake) == "run-2"
+    lease.release()
+
+
+def test_a_lease_that_the_store_did_not_take_again_in_time_is_not_confirmed(lake: Lake) -> None:
+    clock = Clock()
+    lease = _lease(lake, "run-1", clock)
+    confirmed = [lease.is_confirmed]
+    lease.acquire(_refuse_to_wait)
+    confirmed.append(lease.is_confirmed)
+    clock.wait(TTL.total_seconds())
+    confirmed.append(lease.is_confirmed)
+    lease.renew(CollectorStatus())
+    confirmed.append(lease.is_confirmed)
+    # The lock of a local lake lasts as long as the process.
+    assert confirmed == [False, True, not lake.is_s3, True]
+    lease.release()
+
+
+def test_a_watch_counts_only_what_it_saw_and_begins_anew_after_a_change_or_when_it_could_not_look() -> None:
+    clock = Clock()
+    watch = Watch(clock)
+
+    def after(seconds: float, what: object) -> float:
+        clock.wait(seconds)
+        return watch.unchanged("name", what).total_seconds()
+
+    assert [after(20, "a"), after(20, "a"), after(60, "a")] == [0, 20, 80]
+    assert [after(20, "b"), after(20, "b"), after(61, "b"), after(20, "b")] == [0, 20, 0, 20]
+    assert watch.unchanged("another name", "b") == timedelta(0)
 
 
 _HOLD = """
@@ -171,7 +199,7 @@ def test_the_lock_of_a_local_lake_ends_with_its_process_and_not_before(file_lake
             assert _holder(file_lake) == "run-2"
 
 
-@pytest.mark.parametrize("before", ["none", "released", "expired", "unreadable"])
+@pytest.mark.parametrize("before", ["none", "released", "ended", "unreadable"])
 def test_exactly_one_of_many_concurrent_runs_acquires_the_lease(lake: Lake, before: str) -> None:
     rounds = 4
     for _ in range(rounds):
@@ -181,8 +209,8 @@ def test_exactly_one_of_many_concurrent_runs_acquires_the_lease(lake: Lake, befo
                     obstore.delete(lake.store, layout.LEASE_KEY)
             case "released":
                 _put(lake, holding(released=True))
-            case "expired":
-                _put(lake, holding(expires_in=-CLOCK_TOLERANCE - _SECOND))
+            case "ended":
+                _put(lake, holding())
             case "unreadable":
                 lake.put(layout.LEASE_KEY, b"not a lease")
         leases = {f"run-{number}": _lease(lake, f"run-{number}") for number in range(6)}
@@ -195,7 +223,7 @@ def test_exactly_one_of_many_concurrent_runs_acquires_the_lease(lake: Lake, befo
         ) -> None:
             start.wait()
             try:
-                leases[run].acquire(_refuse_to_wait)
+                leases[run].acquire(_refuse_to_wait, ended={"run-old"})
                 won.append(run)
             except (_WouldWait, LeaseHeld):
                 lost.append(run)  # noqa: B023 it is this round's: the threads are joined below
@@ -291,14 +319,12 @@ def test_of_twenty_holders_in_turn_none_has_a_second_holder_beside_it(say: Calla
     holders = []
     for number in range(20):
         lease = _lease(lake, f"run-{number}")
-        lease.acquire(_refuse_to_wait)
+        lease.acquire(_refuse_to_wait, ended={f"run-{number - 1}"})
         holders.append(_holder(lake))
         rival = _lease(lake, "rival")
         with pytest.raises((LeaseHeld, _WouldWait)):
             rival.acquire(_refuse_to_wait)
-        if lake.is_s3 and number % 2:
-            _put(lake, holding(f"run-{number}", expires_in=-CLOCK_TOLERANCE - _SECOND))
-        else:
+        if number % 2 or not lake.is_s3:
             lease.release()
     assert holders == [f"run-{number}" for number in range(20)]
     say(f"lease, {lake.uri.split(':')[0]} lake: 20 holders one after another, 20 rivals refused, 0 pairs")

@@ -11,15 +11,14 @@ import msgspec
 import pytest
 from dagster_aws.s3 import S3Resource
 
-from polygon_pipeline.collector import launching
-from polygon_pipeline.collector.lease import this_machine
+from polygon_pipeline.collector.lease import Watch, this_machine
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import collect, sensors, supervision
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.lake import layout
 from polygon_pipeline.market import calendar
 from polygon_pipeline.settings import ConfigurationError
-from polygon_pipeline_tests.support.leases import ELSEWHERE, holding
+from polygon_pipeline_tests.support.leases import ELSEWHERE, Clock, holding
 
 
 @pytest.fixture
@@ -33,6 +32,14 @@ def lake_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "lake").mkdir()
     monkeypatch.setenv("LAKE_URI", (tmp_path / "lake").as_uri())
     return tmp_path / "lake"
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the process that looks for lost runs."""
+    clock = Clock()
+    monkeypatch.setattr(sensors, "_WATCH", Watch(clock))
+    return clock
 
 
 def _tick(instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
@@ -51,6 +58,15 @@ def _fail_lost_runs(instance: dg.DagsterInstance) -> str:
         result = sensors.lost_runs_sensor(context)
     assert isinstance(result, dg.SkipReason)
     return result.skip_message or ""
+
+
+def _look_for(minutes: int, clock: Clock, instance: dg.DagsterInstance) -> list[str]:
+    """What the sensor says at each of its ticks."""
+    said = []
+    for _ in range(minutes * 3):
+        said.append(_fail_lost_runs(instance))
+        clock.wait(20)
+    return said
 
 
 def test_without_a_key_the_oldest_of_the_last_five_sessions_is_played_first(
@@ -80,14 +96,15 @@ def test_a_wrong_configuration_is_named_and_nothing_is_started(
         _tick(instance)
 
 
-def test_a_run_whose_lease_expired_is_reported_failed_and_the_next_attempt_starts(
-    instance: dg.DagsterInstance, lake_dir: Path
+def test_a_run_whose_lease_is_not_renewed_is_reported_failed_and_the_next_attempt_starts(
+    instance: dg.DagsterInstance, lake_dir: Path, clock: Clock
 ) -> None:
     day = calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat()
     run = _started_run(instance, day)
-    _write_lease(lake_dir, run, expires_in=-timedelta(minutes=5))
+    _write_lease(lake_dir, run, expires_in=timedelta(days=1))  # its clock was wrong
     assert isinstance(_tick(instance), dg.SkipReason)
-    assert "1" in _fail_lost_runs(instance)
+    said = _look_for(2, clock, instance)
+    assert [number for number, text in enumerate(said) if "1" in text] == [4], "after 80 s"
     lost = instance.get_run_by_id(run.run_id)
     assert lost is not None
     assert lost.status is dg.DagsterRunStatus.FAILURE
@@ -96,10 +113,13 @@ def test_a_run_whose_lease_expired_is_reported_failed_and_the_next_attempt_start
     assert request.run_key == f"simulated-{day}-2"
 
 
-def test_a_run_that_renews_its_lease_is_not_failed(instance: dg.DagsterInstance, lake_dir: Path) -> None:
+def test_a_run_that_renews_its_lease_is_not_failed_whatever_its_clock_says(
+    instance: dg.DagsterInstance, lake_dir: Path, clock: Clock
+) -> None:
     run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
-    _write_lease(lake_dir, run, expires_in=timedelta(minutes=1))
-    assert _fail_lost_runs(instance) == "no run is lost"
+    for minute in range(4):
+        _write_lease(lake_dir, run, expires_in=timedelta(minutes=minute - 60))
+        assert set(_look_for(1, clock, instance)) == {"no run is lost"}
     assert isinstance(_tick(instance), dg.SkipReason)
     alive = instance.get_run_by_id(run.run_id)
     assert alive is not None
@@ -110,22 +130,21 @@ def test_a_run_whose_process_is_gone_from_this_machine_is_failed_before_its_leas
     instance: dg.DagsterInstance, lake_dir: Path
 ) -> None:
     run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
-    _write_lease(lake_dir, run, expires_in=timedelta(minutes=1), machine=this_machine(), pid=2**22 + 1)
-    assert "1" in _fail_lost_runs(instance)
+    host = this_machine().rpartition("/")[0]
+    for machine in (f"{host}/another-container", this_machine()):
+        _write_lease(lake_dir, run, expires_in=timedelta(minutes=1), machine=machine, pid=2**22 + 1)
+        assert ("1" in _fail_lost_runs(instance)) == (machine == this_machine())
     assert isinstance(_tick(instance), dg.RunRequest)
 
 
 def test_a_run_without_a_lease_whose_process_lives_is_not_lost(
-    instance: dg.DagsterInstance, lake_dir: Path, monkeypatch: pytest.MonkeyPatch
+    instance: dg.DagsterInstance, lake_dir: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its store may be away: then it waits for the lease, and collects meanwhile."""
     run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
-    monkeypatch.setattr(launching, "_WITHOUT_LEASE", timedelta(0))
-    monkeypatch.setattr(supervision, "_has_process", lambda *_: True)
-    assert _fail_lost_runs(instance) == "no run is lost"
-    monkeypatch.undo()
-    monkeypatch.setenv("LAKE_URI", lake_dir.as_uri())
-    monkeypatch.setattr(launching, "_WITHOUT_LEASE", timedelta(0))
+    with monkeypatch.context() as lives:
+        lives.setattr(supervision, "_process_lives", lambda *_: True)
+        assert set(_look_for(5, clock, instance)) == {"no run is lost"}
     assert "1" in _fail_lost_runs(instance)
     lost = instance.get_run_by_id(run.run_id)
     assert lost is not None
@@ -134,7 +153,7 @@ def test_a_run_without_a_lease_whose_process_lives_is_not_lost(
 
 @pytest.mark.parametrize("how", ["monitored", "killed", "queued"])
 def test_a_run_terminated_by_hand_is_not_started_again_however_its_end_comes(
-    how: str, instance: dg.DagsterInstance, lake_dir: Path
+    how: str, instance: dg.DagsterInstance, lake_dir: Path, clock: Clock
 ) -> None:
     """monitored: it drains for so long that run monitoring calls it canceled. killed: it is killed while it drains."""
     day = calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat()
@@ -150,7 +169,7 @@ def test_a_run_terminated_by_hand_is_not_started_again_however_its_end_comes(
         instance.report_run_canceled(run, message="it took too long")
     if how == "killed":
         _write_lease(lake_dir, run, expires_in=-timedelta(minutes=5))
-        assert "1" in _fail_lost_runs(instance)
+        assert any("1" in said for said in _look_for(2, clock, instance))
     request = _tick(instance)
     assert isinstance(request, dg.RunRequest)
     assert request.tags[collect.SESSION_DATE_TAG] > day, "the demo goes on with the next session"

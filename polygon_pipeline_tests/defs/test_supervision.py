@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -14,7 +17,13 @@ from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import supervision
 
 
-def test_a_killed_process_or_one_started_after_the_run_is_not_the_runs_process() -> None:
+@pytest.mark.parametrize("proc", [True, False][: 2 if shutil.which("ps") else 1])
+def test_a_killed_process_or_one_started_after_the_run_is_not_the_runs_process(
+    proc: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS has no /proc, and asks ps."""
+    if not proc:
+        monkeypatch.setattr(supervision, "_PROC", tmp_path / "none")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         began = time.time()
         assert supervision._is_alive(process.pid, began + 1)
@@ -23,6 +32,19 @@ def test_a_killed_process_or_one_started_after_the_run_is_not_the_runs_process()
         time.sleep(0.2)
         assert not supervision._is_alive(process.pid, began + 1), "it waits for its parent to look"
     assert not supervision._is_alive(process.pid, began + 1)
+
+
+@pytest.mark.parametrize(("elapsed", "age"), [("00:05", 5), ("02:03:04", 7384), ("11-02:03:04", 957784)])
+def test_without_proc_a_processs_age_is_what_ps_says(
+    elapsed: str, age: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ps").write_text(f"#!/bin/sh\necho ' Ss   {elapsed}'\n")
+    (tmp_path / "ps").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(supervision, "_PROC", tmp_path / "none")
+    assert supervision._from_ps(1) == ("Ss", age)
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert supervision._is_alive(os.getpid(), 0.0), "without ps there is only the id"
 
 
 class Away(Exception):

@@ -339,6 +339,30 @@ def test_after_an_eviction_it_waits_for_minutes_and_can_still_be_stopped() -> No
 
 
 @pytest.mark.slow
+def test_after_an_eviction_it_connects_again_only_when_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Backoff, "next_delay", lambda *_, **__: 0.0)
+    asked: list[int] = []
+
+    def may_return() -> bool:
+        asked.append(kinds(watched).count(EventKind.CONNECTED))
+        return len(asked) > 2
+
+    def script(client: Script) -> None:
+        client.begin()
+        if client.number == 1:
+            client.drop()
+        elif client.number == 2:
+            client.say(status("max_connections", "another connection"))
+        else:
+            client.wait_until_the_client_goes()
+
+    with scripted(script) as server, Watched(server, may_return=may_return) as watched:
+        for _ in range(3):
+            watched.next(EventKind.SUBSCRIBED)
+    assert asked == [2, 2, 2], "of the eviction alone, until it may"
+
+
+@pytest.mark.slow
 def test_an_unreachable_exchange_is_retried_until_it_is_reachable() -> None:
     [port] = free_ports(1)
     with Watched(f"ws://127.0.0.1:{port}/stocks", backoff=Backoff(cap_seconds=0.05)) as watched:

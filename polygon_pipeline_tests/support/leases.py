@@ -1,4 +1,4 @@
-"""Leases as other collectors hold them."""
+"""Leases as other collectors hold them, and the time that passes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from polygon_pipeline.collector.lease import TTL, Holding
 
 ELSEWHERE = "elsewhere/boot"
 """Another machine than the one that the tests run on."""
+
+
+class Clock:
+    """One's own clock, which goes on when one waits."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def holding(

@@ -41,6 +41,7 @@ class Watched:
         backoff: Backoff | None = None,
         quiet_limit: Callable[[], float | None] = lambda: None,
         on_frames: Callable[[Sequence[bytes]], None] | None = None,
+        may_return: Callable[[], bool] = lambda: True,
     ) -> None:
         self.events: list[ConnectionEvent] = []
         self.frames: list[bytes] = []
@@ -58,6 +59,7 @@ class Watched:
             stop=self._stop,
             backoff=backoff,
             quiet_limit=quiet_limit,
+            may_return=may_return,
         )
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
 
