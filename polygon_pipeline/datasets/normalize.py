@@ -17,7 +17,7 @@ DuckDB reads those five times as fast as Python does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
 from enum import Enum, auto
@@ -29,22 +29,45 @@ from polygon_pipeline.datasets import merge
 from polygon_pipeline.datasets.merge import Merge
 from polygon_pipeline.datasets.session import THREADS, UNREADABLE, DuckSession
 from polygon_pipeline.lake import archive
-from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.bars import EARLIEST, LATEST, PRICE_LIMIT, SHARES_LIMIT, Channel
 from polygon_pipeline.market.calendar import day_bounds_ms, session
 from polygon_pipeline.polygon.messages import Arrival, decode_frame
 from polygon_pipeline.polygon.sql import ARRIVAL_COLUMNS, EVENT_CHANNEL, EVENT_START_MS, EVENTS_TYPE
 
 _OF_DAY = "{start_ms} >= $first_ms AND {start_ms} < $after_ms"
 
+# The bounds of market.bars, and that nothing is missing, for relations with a bar's columns. Whether a number is finite
+# is asked apart: the statistics of a Parquet file leave NaN out, and DuckDB believes them.
+_BOUNDED = " AND ".join(
+    [
+        *(
+            f"coalesce(isfinite({name}) AND abs({name}) < {PRICE_LIMIT}, false)"
+            for name in ("open", "high", "low", "close")
+        ),
+        f"coalesce(isfinite(volume) AND abs(volume) < {SHARES_LIMIT}, false)",
+        f"coalesce(isfinite(vwap) AND abs(vwap) < {PRICE_LIMIT}, true)",
+    ]
+)
+
+# An archive that holds what its decoder refuses is read by that decoder, which says what it leaves out.
 _IN_ARCHIVES = f"""
-    SELECT {ARRIVAL_COLUMNS}, received_at, position
-    FROM (
-        SELECT received_at, refused, unnest(frame) AS e, generate_subscripts(frame, 1) - 1 AS position
-        FROM {archive.read_frames_sql(EVENTS_TYPE)}
+    SELECT * REPLACE (
+        CASE
+            WHEN {_BOUNDED} AND coalesce(abs(day_open) < {PRICE_LIMIT}, true)
+                AND received_at >= TIMESTAMPTZ '{EARLIEST}' AND received_at < TIMESTAMPTZ '{LATEST}' THEN ticker
+            ELSE error('a bar is out of bounds')
+        END AS ticker
     )
-    WHERE {EVENT_CHANNEL} = $channel
-        AND {_OF_DAY.format(start_ms=EVENT_START_MS)}
-        AND (refused IS NULL OR NOT list_contains(refused, position))
+    FROM (
+        SELECT {ARRIVAL_COLUMNS}, received_at, position
+        FROM (
+            SELECT received_at, refused, unnest(frame) AS e, generate_subscripts(frame, 1) - 1 AS position
+            FROM {archive.read_frames_sql(EVENTS_TYPE)}
+        )
+        WHERE {EVENT_CHANNEL} = $channel
+            AND {_OF_DAY.format(start_ms=EVENT_START_MS)}
+            AND (refused IS NULL OR NOT list_contains(refused, position))
+    )
 """
 
 # position: the event's place in its frame, because a frame may hold two revisions of a bar.
@@ -155,7 +178,7 @@ class Normalization(DuckSession):
             rows, merged = self.copy(stream, target, {**hours, **archives}), Merge()
         else:
             self.rows(f"CREATE OR REPLACE TEMP TABLE stream AS {stream}", {**hours, **archives})
-            self.view("reference", self._reference)
+            self._view_reference(self._reference)
             self.rows(merge.PAIRS)
             query = merge.MERGED.format(session=SESSION.format(start_ms="epoch_ms(timestamp)"))
             rows, merged = self.copy(query, target, hours), merge.count(self)
@@ -163,6 +186,16 @@ class Normalization(DuckSession):
             target.unlink()
             raise NoBars(f"there are no raw bars of {self._day}")
         return merged
+
+    def _view_reference(self, file: Path) -> None:
+        """Makes the reference's bars readable, without those that are out of bounds: these are in `unreadable`."""
+        self.view("whole_reference", file)
+        self.rows(f"CREATE OR REPLACE TEMP VIEW reference AS FROM whole_reference WHERE {_BOUNDED}")
+        [(count, first)] = self.rows(
+            f"SELECT count(*), min(ticker || ' at ' || timestamp) FROM whole_reference WHERE NOT ({_BOUNDED})"
+        )
+        if count:
+            self.unreadable[file] = f"{count} bars are out of bounds and left out, such as {first}"
 
     def _read_archives(self) -> None:
         """Moves on to IN_TABLE: what was added so far is read into it."""
@@ -186,15 +219,19 @@ class Normalization(DuckSession):
     def _insert_decoded(self, file: Path) -> None:
         """Reads an archive line by line, as far as it can be read."""
         errors: list[str] = []
-        self._insert(self._decoded(archive.read_frames(file, errors.append)))
+        self._insert(self._decoded(archive.read_frames(file, errors.append), errors.append))
         if errors:
-            self.unreadable[file] = errors[0] + (f"; and {len(errors) - 1} more lines" if len(errors) > 1 else "")
+            self.unreadable[file] = errors[0] + (f"; and {len(errors) - 1} more" if len(errors) > 1 else "")
 
-    def _decoded(self, frames: Iterable[archive.ArchivedFrame]) -> Iterator[tuple[Any, ...]]:
-        """The bars in frames, with the time they arrived and their place in the frame."""
+    def _decoded(
+        self, frames: Iterable[archive.ArchivedFrame], on_error: Callable[[str], object]
+    ) -> Iterator[tuple[Any, ...]]:
+        """The bars in frames, with the time they arrived and their place in the frame; on_error gets the refused."""
         for frame in frames:
-            bars = decode_frame(frame.accepted(), frame.received_at).arrivals(self._channel)
-            for position, bar in enumerate(bars):
+            found = decode_frame(frame.accepted(), frame.received_at)
+            for refusal in found.refused:
+                on_error(f"an event received at {frame.received_at.isoformat()} is left out: {refusal.reason}")
+            for position, bar in enumerate(found.arrivals(self._channel)):
                 yield (*bar, frame.received_at, position)
 
     def _insert(self, rows: Iterable[tuple[Any, ...]]) -> None:

@@ -67,11 +67,15 @@ def check_rows(file: Path, day: date) -> dict[str, Verdict]:
 
 
 def schema_errors(file: Path, dataset: Dataset) -> list[str]:
-    """How a file's columns differ from the catalog's; empty when they do not."""
+    """How a file's columns differ from the catalog's, or why it has none; empty when they do not differ."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     wanted = [(field.name, field.type) for field in dataset.schema()]
-    actual = [(field.name, field.type) for field in pq.read_schema(file)]
+    try:
+        actual = [(field.name, field.type) for field in pq.read_schema(file)]
+    except (pa.ArrowException, OSError) as error:
+        return [f"it is no whole Parquet file: {error}"]
     missing = [f"{name} {kind} is missing" for name, kind in wanted if (name, kind) not in actual]
     extra = [f"{name} {kind} is not in the schema" for name, kind in actual if (name, kind) not in wanted]
     return missing + extra or ([] if wanted == actual else ["the columns are in another order"])

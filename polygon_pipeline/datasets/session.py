@@ -22,7 +22,7 @@ _PARQUET = "FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZ
 
 # What DuckDB says of content that is not what it should be, and of a file that is damaged.
 # Its messages quote the content, and may be cut within a character: then they cannot even be decoded.
-INVALID = (duckdb.InvalidInputException, duckdb.ConversionException, UnicodeDecodeError)
+INVALID = (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.OutOfRangeException, UnicodeDecodeError)
 UNREADABLE = (*INVALID, duckdb.IOException)
 
 

@@ -20,6 +20,8 @@ from typing import Literal
 
 import msgspec
 
+from polygon_pipeline.market.bars import arrival_error
+
 # What an archived connection event may be. The words are this format's own, and stay when the stream's code changes.
 ConnectionChange = Literal["connected", "subscribed", "unacknowledged", "warned", "disconnected", "refused", "ended"]
 
@@ -118,7 +120,9 @@ def _read_line(number: int, line: bytes, on_error: Callable[[str], object]) -> I
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         on_error(f"line {number} cannot be read: {error}")
         return
-    if bytes(found.frame):  # the other lines are of connection events
+    if reason := arrival_error(found.received_at):
+        on_error(f"line {number} cannot be read: {reason}")
+    elif bytes(found.frame):  # the other lines are of connection events
         yield found
 
 

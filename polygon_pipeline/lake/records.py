@@ -9,16 +9,16 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from polygon_pipeline.market.bars import Bar, iso_seconds
+from polygon_pipeline.market.bars import Bar, Price, Shares, arrival_error, iso_seconds
 
 
 class _BarData(msgspec.Struct):
-    open: float
-    high: float
-    low: float
-    close: float
-    volume: int | float
-    vwap: float | None = None
+    open: Price
+    high: Price
+    low: Price
+    close: Price
+    volume: Shares
+    vwap: Price | None = None
 
 
 class BarRecord(msgspec.Struct):
@@ -55,7 +55,10 @@ def decode_record(content: bytes) -> BarRecord:
 
     Raises ValueError (msgspec's errors are) with what is wrong.
     """
-    record = _decode(content)
+    try:
+        record = _decode(content)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply: {error}") from error
     start, collected = (_utc(stamp) for stamp in (record.timestamp, record.collected_at))
     if start.microsecond:
         raise ValueError(f"the timestamp {record.timestamp!r} is not on a whole second")
@@ -66,8 +69,8 @@ def decode_record(content: bytes) -> BarRecord:
 
 def _utc(stamp: str) -> datetime:
     moment = datetime.fromisoformat(stamp)
-    if moment.tzinfo is None:
-        raise ValueError(f"the time {stamp!r} has no zone; a UTC time ends with Z")
+    if error := arrival_error(moment):
+        raise ValueError(error)
     return moment.astimezone(UTC)
 
 

@@ -10,7 +10,9 @@ import math
 import re
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import msgspec
 
 
 class Channel(StrEnum):
@@ -38,7 +40,21 @@ class Bar(NamedTuple):
     vwap: float | None
 
 
-EARLIEST_MS = int(datetime(2003, 1, 1, tzinfo=UTC).timestamp() * 1000)
+# What a bar may hold. Sums over a day are decimals with 28 digits before the point (datasets.resample), and 960 minutes
+# of such a volume at such a price still fit: 960 * 10^15 * 10^9 < 10^28. The dearest share costs less than 10^6
+# dollars, and the whole market trades some 10^10 shares a day.
+PRICE_LIMIT = 1e9
+SHARES_LIMIT = 1e15
+Price = Annotated[float, msgspec.Meta(gt=-PRICE_LIMIT, lt=PRICE_LIMIT)]
+Shares = (
+    Annotated[int, msgspec.Meta(gt=-int(SHARES_LIMIT), lt=int(SHARES_LIMIT))]
+    | Annotated[float, msgspec.Meta(gt=-SHARES_LIMIT, lt=SHARES_LIMIT)]
+)
+
+# When bars may have arrived: not before there were any, and not later than every reader of times can hold.
+EARLIEST = datetime(2003, 1, 1, tzinfo=UTC)
+LATEST = datetime(2200, 1, 1, tzinfo=UTC)
+EARLIEST_MS = int(EARLIEST.timestamp() * 1000)
 
 _DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
@@ -64,6 +80,15 @@ def timestamp_error(start_ms: int, now: datetime) -> str | None:
         return f"the timestamp {start_ms} is not between 2003 and tomorrow (Unix ms)"
     if start_ms % 1000:
         return f"the timestamp {start_ms} is not on a whole second, which is all that a key can hold"
+    return None
+
+
+def arrival_error(moment: datetime) -> str | None:
+    """Why nothing can have arrived then, or None if it can."""
+    if moment.tzinfo is None:
+        return f"the time {moment.isoformat()} has no zone; a UTC time ends with Z"
+    if not EARLIEST <= moment < LATEST:
+        return f"the time {moment.isoformat()} is not between {EARLIEST.year} and {LATEST.year}"
     return None
 
 

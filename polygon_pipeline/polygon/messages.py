@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from polygon_pipeline.market.bars import Bar, Channel, shares, ticker_error, timestamp_error
+from polygon_pipeline.market.bars import (
+    SHARES_LIMIT,
+    Bar,
+    Channel,
+    Price,
+    Shares,
+    shares,
+    ticker_error,
+    timestamp_error,
+)
 from polygon_pipeline.market.calendar import trade_date
 
 
@@ -40,14 +49,14 @@ class Aggregate(msgspec.Struct, frozen=True, gc=False, tag_field="ev"):
 
     sym: str
     s: int | float
-    h: float
-    l: float  # noqa: E741 the vendor's name
-    c: float
-    o: float | None = None
-    op: float | None = None
-    v: int | float | None = None
+    h: Price
+    l: Price  # noqa: E741 the vendor's name
+    c: Price
+    o: Price | None = None
+    op: Price | None = None
+    v: Shares | None = None
     dv: str | None = None
-    vw: float | None = None
+    vw: Price | None = None
     av: float | None = None
     a: float | None = None
     z: float | None = None
@@ -140,8 +149,8 @@ _KNOWN_KINDS = {"status", *Channel}
 # Sound tickers met so far: there are some 11,000, and they come again every minute.
 _seen: set[str] = set()
 _MOST_SEEN = 50_000
-# Volumes that need no closer look: a number that a float surely holds.
-_PLAIN_VOLUMES = re.compile(r"(?:-?[0-9]{1,15}(?:\.[0-9]{1,15})?,)*")
+# Volumes that need no closer look: a number that a float surely holds, below SHARES_LIMIT.
+_PLAIN_VOLUMES = re.compile(r"(?:-?[0-9]{1,14}(?:\.[0-9]{1,15})?,)*")
 _PLAIN_BITS = 53
 # Nearly every frame is an array of known events and decodes in one go; what is not goes event by event.
 _decode_events = msgspec.json.Decoder(list[_Event]).decode
@@ -294,10 +303,10 @@ def _error_of(event: Aggregate, received_at: datetime) -> str | None:
     if volume is None:
         return "there is no volume: neither v nor dv"
     try:
-        shares(volume)
+        number = shares(volume)
     except ValueError as error:
         return str(error)
-    return None
+    return None if abs(number) < SHARES_LIMIT else f"the volume {str(volume)[:40]} is not below {SHARES_LIMIT:.0e}"
 
 
 def _bar(event: Aggregate) -> Bar:

@@ -30,8 +30,14 @@ def struct_type(struct: type[msgspec.Struct]) -> str:
 
 
 def _type(annotation: object) -> str:
-    members = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    is_union = typing.get_origin(annotation) in (UnionType, typing.Union)
+    members = [_plain(member) for member in (typing.get_args(annotation) if is_union else (annotation,))]
     return next((name for kind, name in _TYPES.items() if kind in members), "VARCHAR")  # Any: its JSON as text
+
+
+def _plain(annotation: object) -> object:
+    """A type without its bounds."""
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
 
 
 # A frame: an array of events.

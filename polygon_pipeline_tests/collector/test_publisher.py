@@ -13,10 +13,12 @@ from obstore.exceptions import GenericError
 
 from polygon_pipeline.collector.journal import leftovers
 from polygon_pipeline.collector.publisher import Publisher
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.records import decode_record
 from polygon_pipeline.lake.store import STORE_ERRORS, Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.archives import archived_lines, quarantined_entries
-from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar
+from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar, record_line
 from polygon_pipeline_tests.support.journals import (
     finished_journal,
     frame_of,
@@ -84,6 +86,26 @@ def test_a_batch_whose_state_cannot_be_saved_is_published_again_and_counted_once
     assert [line.content for line in archived_lines(file_lake, DAY)] == [frame]
     count = read_ledger(file_lake).account.days[DAY][Channel.MINUTE]
     assert (count.bars, count.objects, count.revisions) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "existing",
+    [
+        b"",
+        b"[" * 100_000,
+        record_line("SPY", NOON, 1.0).replace(b"2026-01-26T18:31:00.123456+00:00", b"0001-01-01T00:00:00+05:00"),
+        record_line("SPY", NOON, 1.0).replace(b"2026-01-26T18:31:00.123456+00:00", b"9999-12-31T23:59:59-05:00"),
+    ],
+    ids=["empty", "deep", "year 1", "year 9999"],
+)
+def test_an_object_of_another_writer_that_cannot_be_read_is_older_than_any_bar(
+    tmp_path: Path, file_lake: Lake, existing: bytes
+) -> None:
+    key = layout.raw_key(Channel.MINUTE, DAY, "SPY", NOON)
+    file_lake.put(key, existing)
+    finished_journal(tmp_path / "journal", file_lake, [frame_of(plain_bar("SPY", NOON, 7))])
+    publish_leftovers(file_lake, tmp_path / "journal")
+    assert decode_record(file_lake.get(key) or b"").bar_data.close == 7
 
 
 # Recovery

@@ -142,23 +142,74 @@ def test_other_kinds_of_events_and_fields_of_other_types_are_ignored(tmp_path: P
     quote = {"ev": "Q", "s": "soon", "z": 1e300, "x": {"ev": "AM", "sym": "NESTED"}}
     odd = [trade, aggregate("QQQ", av=None, dav={"?": 1}, x={"deep": [1, {"er": None}]}), quote]
     lines = [
-        line(ARRIVAL, [*odd, STATUS, {}, None, 1, "AM", [aggregate("NESTED")]]),
+        line(ARRIVAL, [*odd, STATUS]),
         archive.event_line(ARRIVAL, b'{"kind": "disconnected", "detail": "x"}'),
-        line(ARRIVAL, None),
-        line(ARRIVAL, 5),
-        line(ARRIVAL, "AM"),
         line(ARRIVAL, []),
     ]
     [row] = normalize(tmp_path, [lines])
     assert (row["ticker"], row["close"], row["day_volume"]) == ("QQQ", 450.5, None)
 
 
-@pytest.mark.parametrize("odd", [{"z": "many"}, {"a": [1]}, {"av": {}}, {"otc": "?"}])
-def test_an_event_that_the_decoder_refuses_is_no_bar_of_the_archive_either(tmp_path: Path, odd: dict[str, Any]) -> None:
+REFUSED = [
+    {"z": "many"},
+    {"a": [1]},
+    {"av": {}},
+    {"otc": "?"},
+    {"v": 1e30},
+    {"vw": 1e300},
+    {"h": 1e9},
+    {"op": 1e9},
+    {"dv": "1,234"},
+    {"dv": "1000000000000000"},
+    {"o": None, "op": None},
+    {"c": None},
+]
+
+
+@pytest.mark.parametrize("odd", REFUSED)
+def test_an_event_that_was_refused_is_no_bar_of_the_archive_either(tmp_path: Path, odd: dict[str, Any]) -> None:
     [row] = normalize(tmp_path, [[line(ARRIVAL, [aggregate("QQQ", **odd), aggregate("SPY")], refused=[0])]])
     assert row["ticker"] == "SPY"
-    [row] = normalize(tmp_path, [[line(ARRIVAL, {"ev": "T"}), line(ARRIVAL, [aggregate("QQQ", **odd), aggregate()])]])
-    assert row["ticker"] == "SPY"
+
+
+@pytest.mark.parametrize("odd", REFUSED)
+def test_an_event_that_the_decoder_refuses_is_left_out_of_the_archive_and_named(
+    tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    content = line(ARRIVAL, [aggregate("QQQ", **odd), aggregate("SPY")])
+    unreadable, tickers, bad = damaged(tmp_path, content)
+    assert tickers == ["GOOD", "SPY"]
+    assert "left out" in unreadable[bad]
+
+
+@pytest.mark.parametrize("odd", [None, 5, "AM", [{}], [None], [1], ["AM"], [[aggregate("NESTED")]]])
+def test_what_is_no_event_is_left_out_of_the_archive_and_named(tmp_path: Path, odd: object) -> None:
+    unreadable, tickers, bad = damaged(tmp_path, line(ARRIVAL, odd) + line(ARRIVAL, [aggregate("SPY", c=None)]))
+    assert tickers == ["GOOD"]
+    assert "left out" in unreadable[bad]
+    assert "1 more" in unreadable[bad]
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    [
+        "0001-01-01T00:00:00Z",
+        "0001-01-01T00:00:00+05:00",
+        "9999-12-31T23:59:59Z",
+        "infinity",
+        "-infinity",
+        "2026-01-26T18:31:00",
+        "",
+    ],
+)
+def test_a_line_that_arrived_at_an_impossible_time_is_left_out_and_named(tmp_path: Path, stamp: str) -> None:
+    impossible = line(ARRIVAL, [aggregate("QQQ")]).replace(b"2026-01-26T18:31:00.123456Z", stamp.encode())
+    # The frame that DuckDB cannot read has the decoder read the file.
+    for other in ([aggregate("SPY")], aggregate("SPY")):
+        unreadable, tickers, bad = damaged(tmp_path, impossible + line(ARRIVAL, other))
+        if stamp != "2026-01-26T18:31:00" or isinstance(other, dict):
+            assert tickers == ["GOOD", "SPY"]
+            assert "line 1" in unreadable[bad]
 
 
 def test_only_the_channels_own_bars_are_taken(tmp_path: Path) -> None:

@@ -53,6 +53,18 @@ def random_bars(seed: int, day: date = DAY) -> list[Row]:
     return rows
 
 
+def test_a_day_of_bars_at_the_bounds_is_summed(tmp_path: Path) -> None:
+    largest = {"volume": 999_999_999_999_999.0, "vwap": 999_999_999.999}
+    rows = [normalized_row("AAA", at(4, 0) + 60_000 * minute, **largest) for minute in range(960)]
+    file, target = tmp_path / "normalized.parquet", tmp_path / "daily.parquet"
+    pq.write_table(table(rows), file)
+    with Resampling(DAY, file, tmp_path) as resampling:
+        resampling.write(catalog.DAILY_BARS, target)
+    [daily] = read(target)
+    assert daily["volume"] == pytest.approx(390e15)
+    assert daily["vwap"] == pytest.approx(1e9)
+
+
 def summed(rows: list[Row]) -> float:
     return float(sum((Decimal(repr(row["volume"])) for row in rows), Decimal(0)))
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygon_pipeline.lake.records import decode_record, encode_record
-from polygon_pipeline.market.bars import Bar, shares
+from polygon_pipeline.market.bars import PRICE_LIMIT, Bar, shares
 from polygon_pipeline_tests.support.bars import moments
 
 BAR = Bar("SPY", 1769452200000, 450.25, 450.75, 450.20, 450.50, 1234567, 450.30)
@@ -50,7 +50,7 @@ def test_collected_at_has_milliseconds_and_never_rounds_up(microsecond: int, tex
     assert record.collected_at == f"2026-01-26T18:30:01{text}"
 
 
-prices = st.floats(allow_nan=False, allow_infinity=False)
+prices = st.floats(-PRICE_LIMIT, PRICE_LIMIT, exclude_min=True, exclude_max=True)
 
 
 @given(

@@ -302,7 +302,7 @@ def test_a_volume_that_reads_as_two_is_refused_among_fractional_ones() -> None:
 
 
 def test_a_volume_of_four_hundred_digits_is_refused() -> None:
-    assert "not a finite number" in refusal(v=10**400)
+    assert "`$.v`" in refusal(v=10**400)
 
 
 @pytest.mark.parametrize("payload", [b"[" * 100_000, b'[{"ev":"T","x":' + b"[" * 5000 + b"]" * 5000 + b"}]"])
