@@ -6,7 +6,6 @@ read. Does not belong here: what a normalized row is (datasets.normalize).
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from polygon_pipeline.datasets.catalog import REFERENCE_BARS
 from polygon_pipeline.datasets.merge import Merge
 from polygon_pipeline.datasets.normalize import NoBars, Normalization
-from polygon_pipeline.datasets.reference import ReferenceInfo, read_reference_info
+from polygon_pipeline.datasets.reference import ReferenceInfo, UnreadableReference, read_reference_info
 from polygon_pipeline.datasets.session import DuckSession
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
@@ -27,7 +26,8 @@ from polygon_pipeline.polygon.messages import Arrival
 
 @dataclass
 class RawDay:
-    """What a day was normalized from. unreadable: keys of objects that could not be read, each with the reason.
+    """What a day was normalized from. unreadable: keys of objects that could not be read, or not whole, each with the
+    reason. strays: keys among the raw data that are neither bars' nor archives', and were left alone.
 
     reference: what the vendor's history of the day knows, None if the lake has none; merge: what it changed.
     """
@@ -35,38 +35,58 @@ class RawDay:
     frame_files: int = 0
     records: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
     reference: ReferenceInfo | None = None
     merge: Merge = field(default_factory=Merge)
 
 
 @dataclass(frozen=True)
 class RawInputs:
-    """What is fetched before a day is normalized. frames: keys by local file; objects: keys of raw-data by bar."""
+    """What is fetched before a day is normalized. frames: keys by local file; objects: keys of raw-data by bar.
+
+    unreadable, strays: as in RawDay, as far as they are known.
+    """
 
     day: date
     channel: Channel
     frames: dict[Path, str]
     objects: dict[tuple[str, int], str]
     reference: Path | None
+    unreadable: dict[str, str]
+    strays: list[str]
 
 
 def fetch_raw(lake: Lake, day: date, channel: Channel, folder: Path) -> RawInputs:
     """Fetches what a day's normalized bars are made of, but for the objects that the frames may cover."""
-    keys = lake.keys(layout.raw_prefix(channel, day))
+    objects = {key: layout.parse_raw_key(key) for key in lake.keys(layout.raw_prefix(channel, day))}
+    archives = {key: layout.is_frames_key(key) for key in lake.keys(layout.frames_prefix(day))}
+    unreadable: dict[str, str] = {}
     return RawInputs(
         day,
         channel,
-        _fetch_frames(lake, day, folder),
-        {bar: key for key in keys if (bar := layout.parse_raw_key(key))},
-        fetch_reference(lake, day, folder) if channel is REFERENCE_BARS.channel else None,
+        _fetch_frames(lake, [key for key, is_archive in archives.items() if is_archive], folder),
+        {bar: key for key, bar in objects.items() if bar},
+        fetch_reference(lake, day, folder, unreadable) if channel is REFERENCE_BARS.channel else None,
+        unreadable,
+        [key for key, is_ours in (objects | archives).items() if not is_ours],
     )
 
 
-def fetch_reference(lake: Lake, day: date, folder: Path) -> Path | None:
-    """The day's reference as a local file, or None where the lake has none."""
-    with contextlib.suppress(MissingDataset):
-        return fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
-    return None
+def fetch_reference(lake: Lake, day: date, folder: Path, unreadable: dict[str, str] | None = None) -> Path | None:
+    """The day's reference as a local file, or None where the lake has none that can be read.
+
+    unreadable: gets the key of one that cannot be read, with the reason.
+    """
+    try:
+        file = fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
+        read_reference_info(file)
+    except MissingDataset:
+        return None
+    except UnreadableReference as error:
+        if unreadable is not None:
+            unreadable[layout.dataset_key(REFERENCE_BARS.name, day.isoformat())] = str(error)
+        return None
+    return file
 
 
 def normalize_day(lake: Lake, inputs: RawInputs, target: Path, space: Path | DuckSession) -> RawDay:
@@ -76,7 +96,7 @@ def normalize_day(lake: Lake, inputs: RawInputs, target: Path, space: Path | Duc
     program fills in the specified format normalizes just as well. Minute bars are merged with the lake's reference of
     the day, which alone also makes a day that no collector recorded. space: as in DuckSession. Raises NoBars.
     """
-    raw = RawDay(frame_files=len(inputs.frames))
+    raw = RawDay(len(inputs.frames), unreadable=dict(inputs.unreadable), strays=inputs.strays)
     with Normalization(inputs.day, inputs.channel, space) as normalization:
         normalization.add_frames(list(inputs.frames))
         if uncovered := normalization.uncovered(inputs.objects):
@@ -92,7 +112,10 @@ def normalize_day(lake: Lake, inputs: RawInputs, target: Path, space: Path | Duc
             raw.merge = normalization.write(target)
         except NoBars as error:
             failure = error
-        raw.unreadable |= {inputs.frames[file]: reason for file, reason in normalization.unreadable.items()}
+        reference_key = layout.dataset_key(REFERENCE_BARS.name, inputs.day.isoformat())
+        raw.unreadable |= {
+            inputs.frames.get(file, reference_key): reason for file, reason in normalization.unreadable.items()
+        }
     if failure and raw.unreadable:
         key, reason = next(iter(raw.unreadable.items()))
         raise NoBars(f"{failure} that can be read; {len(raw.unreadable)} cannot, such as {key}: {reason}") from failure
@@ -101,9 +124,8 @@ def normalize_day(lake: Lake, inputs: RawInputs, target: Path, space: Path | Duc
     return raw
 
 
-def _fetch_frames(lake: Lake, day: date, folder: Path) -> dict[Path, str]:
-    """Fetches the day's raw-frames, which a local lake has where they are; returns their keys by local file."""
-    keys = lake.keys(layout.frames_prefix(day))
+def _fetch_frames(lake: Lake, keys: list[str], folder: Path) -> dict[Path, str]:
+    """Fetches raw-frames, which a local lake has where they are; returns their keys by local file."""
     if not lake.is_s3:
         return {lake.local_root / key: key for key in keys}
     paths = {key: folder / f"{number:06d}.jsonl.zst" for number, key in enumerate(keys)}

@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import duckdb
+
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.coverage import Coverage, totals, worst_first
@@ -41,7 +43,7 @@ class WrongSchema(Exception):
 _DAYS_AHEAD = 2
 
 # What is wrong with one day, and with no other. Store errors are not among them.
-DAY_ERRORS = (NoBars, MissingDataset, UnreadableReference, WrongSchema)
+DAY_ERRORS = (NoBars, MissingDataset, UnreadableReference, WrongSchema, duckdb.Error, UnicodeDecodeError)
 
 
 class MadeDataset(NamedTuple):
@@ -156,7 +158,9 @@ def _make(
     if inputs.raw is not None:
         bars = folder / "normalized.parquet"
         raw = normalize_day(lake, inputs.raw, bars, session)
-        yield MadeDataset(day, catalog.NORMALIZED[inputs.raw.channel], bars, status, _normalized_facts(raw))
+        yield MadeDataset(
+            day, catalog.NORMALIZED[inputs.raw.channel], bars, status, _normalized_facts(raw, inputs.ledgers.strays)
+        )
     assert bars is not None
     derived = [dataset for dataset in wanted if dataset in catalog.DERIVED]
     if derived:
@@ -188,7 +192,8 @@ def _picture(day: date, coverage: Coverage, file: Path) -> str:
     return b64encode(heat_map(day, coverage.minute_states(shown), shown)).decode()
 
 
-def _normalized_facts(raw: RawDay) -> dict[str, Any]:
+def _normalized_facts(raw: RawDay, stray_ledgers: Sequence[str]) -> dict[str, Any]:
+    strays = sorted([*raw.strays, *stray_ledgers])
     return {
         "frame_files": raw.frame_files,
         "raw_objects_without_frames": raw.records,
@@ -198,4 +203,5 @@ def _normalized_facts(raw: RawDay) -> dict[str, Any]:
         "bars_corrected_by_history": raw.merge.corrected,
         "differences": list(raw.merge.examples),
         "unreadable_objects": dict(sorted(raw.unreadable.items())[:100]),
+        "left_alone": {"objects": len(strays), "first": strays[:20]},
     }

@@ -11,8 +11,11 @@ from collections.abc import Iterator, Sequence
 from datetime import date, datetime
 from pathlib import Path
 
+import duckdb
 import msgspec
 
+from polygon_pipeline.datasets.catalog import REFERENCE_BARS
+from polygon_pipeline.datasets.quality import schema_errors
 from polygon_pipeline.datasets.session import INVALID, DuckSession
 from polygon_pipeline.lake.archive import unpacked
 from polygon_pipeline.market.calendar import day_bounds_ms
@@ -163,17 +166,22 @@ class Pages(DuckSession):
 
 
 def read_reference_info(file: Path) -> ReferenceInfo:
-    """What a reference file says of itself. Raises UnreadableReference if it says nothing."""
+    """What a reference file says of itself. Raises UnreadableReference if it is no reference file."""
     import pyarrow.parquet as pq
 
+    if errors := schema_errors(file, REFERENCE_BARS):
+        raise UnreadableReference(f"{file} is no reference file: {'; '.join(errors)}")
     content = (pq.read_metadata(file).metadata or {}).get(b"reference")
     if content is None:
         raise UnreadableReference(f"{file} has no key-value metadata `reference`; it is no reference file")
-    return msgspec.json.decode(content, type=ReferenceInfo)
+    try:
+        return msgspec.json.decode(content, type=ReferenceInfo)
+    except ValueError as error:
+        raise UnreadableReference(f"{file} has key-value metadata `reference` that cannot be read: {error}") from error
 
 
 def same_bars(old: Path, new: Path) -> bool:
-    """Whether two reference files say the same, whenever they were received."""
+    """Whether two reference files say the same, whenever they were received. A damaged one says nothing."""
 
     def known(file: Path) -> ReferenceInfo:
         return msgspec.structs.replace(read_reference_info(file), etag=None)
@@ -186,9 +194,10 @@ def same_bars(old: Path, new: Path) -> bool:
             SELECT {_COMPARED} FROM read_parquet($old) EXCEPT SELECT {_COMPARED} FROM read_parquet($new)
         )
     """
-    with DuckSession() as session:
+    with DuckSession() as session, contextlib.suppress(duckdb.Error):
         [(same,)] = session.rows(query, {"old": str(old), "new": str(new)})
-    return bool(same)
+        return bool(same)
+    return False
 
 
 @contextlib.contextmanager

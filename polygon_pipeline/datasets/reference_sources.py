@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from polygon_pipeline.datasets import reference
-from polygon_pipeline.datasets.catalog import REFERENCE_BARS
-from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
+from polygon_pipeline.datasets.inputs import fetch_reference
 from polygon_pipeline.lake.ledger import market_time, read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.calendar import day_bounds_ms, session, trading_days
@@ -104,7 +103,7 @@ def fetch_days(
 
 
 def _from_flat_file(lake: Lake, day: date, store: ObjectStore, folder: Path, now: datetime) -> FetchedDay:
-    old = _existing(lake, day, folder)
+    old = fetch_reference(lake, day, folder)  # one that cannot be read is as good as none: it is replaced
     info = reference.read_reference_info(old) if old else None
     packed, made = folder / "flat-file.csv.gz", folder / "made.parquet"
     found = fetch_flat_file(store, day, packed, known_etag=info.etag if info else None, now=now)
@@ -136,7 +135,7 @@ def _from_rest(
             scratch = _new(folder, day)
             made = scratch / "made.parquet"
             pages.write(day, _until_ms(day, asked_at), made)
-            old = _existing(lake, day, scratch)
+            old = fetch_reference(lake, day, scratch)
             info = reference.read_reference_info(old) if old else None
             if old and info and (info.source == "flat_file" or reference.same_bars(old, made)):
                 # A flat file has the whole market, so a few tickers' answers are no replacement.
@@ -227,13 +226,6 @@ def _is_over(day: date, asked_at: datetime) -> bool:
     """Whether all of a day's bars were final when they were asked for."""
     found = session(day)
     return found is None or found.post_close + SETTLED <= asked_at
-
-
-def _existing(lake: Lake, day: date, folder: Path) -> Path | None:
-    try:
-        return fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
-    except MissingDataset:
-        return None
 
 
 def _new(folder: Path, day: date) -> Path:

@@ -61,9 +61,8 @@ def _report(
 ) -> dg.AssetMaterialization | None:
     """The materialization to report of a day, or None where there is nothing to say of it."""
     day = found.day.isoformat()
-    if found.error:
-        context.log.warning(f"the raw data of {day} cannot be listed: {found.error}. Remove that object.")
-        return None
+    if found.strays:
+        context.log.info(f"{found.strays} objects of {day} are no bars and left alone, such as {found.first_stray}")
     if not Project.from_environment().is_partition(found.day):
         context.log.warning(
             f"{day} is no trading day since POLYGON_HISTORY_START; its {found.objects} objects are left where they are"

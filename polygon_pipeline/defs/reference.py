@@ -182,9 +182,11 @@ def repair_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg
 def _reason(context: dg.SensorEvaluationContext, lake: Lake, day: date, now: datetime, live: str | None) -> str | None:
     """Why a day's history is to be asked for, or None if it is not."""
     known_until_ms = _known_until_ms(context.instance, day)
-    ledgers, unreadable = read_ledgers(lake, day)
+    ledgers, unreadable, strays = read_ledgers(lake, day)
     for key, reason in unreadable.items():
         context.log.warning(f"{lake.url(key)} cannot be read, its gaps are not known: {reason}")
+    if strays:
+        context.log.info(f"{len(strays)} objects among the ledgers of {day} are no ledgers, such as {strays[0]}")
     if gaps := repairable_gaps(day, ledgers, known_until_ms, SETTLED, now, live):
         first, last = gaps[0][0], gaps[-1][1]
         return f"{len(gaps)} gaps to repair, from {first:%H:%M} to {last:%H:%M} UTC"

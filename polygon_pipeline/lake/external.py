@@ -16,11 +16,9 @@ from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-import obstore
-from obstore.exceptions import InvalidPathError
 
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.store import Lake, brief
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 
@@ -44,18 +42,26 @@ class Walk(msgspec.Struct):
     """How far a walk over the days has come. Times in UTC.
 
     day: the one being listed, or listed last; after: the key it is listed up to, None where all of it is; objects,
-    newest: how many bars' objects were seen of it, and when the newest was written.
+    newest: how many bars' objects were seen of it, and when the newest was written; strays: how many others, and the
+    key of the first.
     """
 
     day: date | None = None
     after: str | None = None
     objects: int = 0
     newest: datetime | None = None
+    strays: int = 0
+    first_stray: str = ""
 
     def add(self, page: Sequence[ObjectMeta]) -> None:
         """Counts a page of the day's listing."""
         self.after = page[-1]["path"]
         written = [meta["last_modified"] for meta in page if layout.parse_raw_key(meta["path"])]
+        if len(written) < len(page):
+            self.strays += len(page) - len(written)
+            self.first_stray = self.first_stray or next(
+                meta["path"] for meta in page if not layout.parse_raw_key(meta["path"])
+            )
         if written:
             self.objects += len(written)
             self.newest = max(written) if self.newest is None else max(self.newest, *written)
@@ -72,13 +78,14 @@ class Position(msgspec.Struct):
 class Found(NamedTuple):
     """What a day was found to hold: objects of bars, and when the newest was written (UTC; None without objects).
 
-    error: why the day cannot be listed to its end, or None.
+    strays: how many objects were no bars', and were left alone; first_stray: the key of one.
     """
 
     day: date
     objects: int
     newest: datetime | None
-    error: str | None = None
+    strays: int = 0
+    first_stray: str = ""
 
 
 class Report(NamedTuple):
@@ -132,8 +139,8 @@ def is_news(found: Found, reported: Report | None, now: datetime, today: date) -
 
 def _days(lake: Lake) -> list[date]:
     """The days that have minute bars' objects, in order; folders that are no day's are left out."""
-    found = obstore.list_with_delimiter(lake.store, layout.raw_root(Channel.MINUTE))
-    return sorted(day for prefix in found["common_prefixes"] if (day := layout.parse_raw_prefix(prefix)))
+    names = lake.folders(layout.raw_root(Channel.MINUTE))
+    return sorted(day for name in names if (day := layout.parse_raw_prefix(name)))
 
 
 def _go_on(lake: Lake, walk: Walk, days: list[date], pages: int, page_objects: int) -> Iterator[Found]:
@@ -142,20 +149,16 @@ def _go_on(lake: Lake, walk: Walk, days: list[date], pages: int, page_objects: i
         if pages <= 0:
             return
         if day != walk.day or walk.after is None:
-            walk.day, walk.after, walk.objects, walk.newest = day, None, 0, None
-        prefix, error = layout.raw_prefix(Channel.MINUTE, day), None
+            walk.day, walk.after, walk.objects, walk.newest, walk.strays, walk.first_stray = day, None, 0, None, 0, ""
         pages -= 1
-        try:
-            for page in obstore.list(lake.store, prefix, offset=walk.after, chunk_size=page_objects):
-                walk.add(page)
-                if len(page) == page_objects:
-                    if pages <= 0 and lake.is_s3:
-                        return
-                    pages -= 1
-        except InvalidPathError as invalid:  # a key such as A//B: others must not wait until it is removed
-            error = brief(invalid)
+        for page in lake.pages(layout.raw_prefix(Channel.MINUTE, day), walk.after, page_objects):
+            walk.add(page)
+            if len(page) == page_objects:
+                if pages <= 0 and lake.is_s3:
+                    return
+                pages -= 1
         walk.after = None
-        yield Found(day, walk.objects, walk.newest, error)
+        yield Found(day, walk.objects, walk.newest, walk.strays, walk.first_stray)
 
 
 def _in_turn(walk: Walk, days: list[date]) -> list[date]:

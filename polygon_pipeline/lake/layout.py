@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from datetime import date, datetime
 
-from polygon_pipeline.market.bars import Channel, iso_seconds
+from polygon_pipeline.market.bars import Channel, iso_seconds, ticker_error
 
 # Which feed fills this lake, and the number of its format: simulated and real data are never mixed.
 FEED_KEY = "feed.json"
@@ -21,6 +21,12 @@ FORMAT = 1
 LEASE_KEY = "lease.json"
 
 _NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\.json", re.ASCII)
+
+# Archives of ours and of others: a name that is one name to whatever reads files by patterns.
+_FRAMES = re.compile(r"raw-frames/[^/]+/[\w.+-]+\.jsonl\.zst", re.ASCII)
+
+# What only a ledger of ours is called (defs.collect names the runs).
+_LEDGER = re.compile(r"ledger/[^/]+/\d{8}T\d{6}Z-[\w.-]+\.json", re.ASCII)
 
 _RAW = {Channel.MINUTE: "raw-data", Channel.SECOND: "raw-data-second"}
 
@@ -51,7 +57,7 @@ def raw_key(channel: Channel, day: date, ticker: str, start_ms: int) -> str:
 def parse_raw_key(key: str) -> tuple[str, int] | None:
     """The ticker and start (Unix ms) a raw-data key names, or None if it is not one."""
     parts = key.split("/")
-    if len(parts) != 4 or not _NAME.fullmatch(parts[3]):
+    if len(parts) != 4 or not _NAME.fullmatch(parts[3]) or ticker_error(parts[2]):
         return None
     try:
         start = datetime.fromisoformat(parts[3].removesuffix(".json"))  # strptime takes thirty times as long
@@ -69,6 +75,11 @@ def frames_key(day: date, run: str, segment: int) -> str:
     return f"{frames_prefix(day)}{run}-{segment:06d}.jsonl.zst"
 
 
+def is_frames_key(key: str) -> bool:
+    """Whether a key below frames_prefix() is an archive's, and not of something else that lies there."""
+    return _FRAMES.fullmatch(key) is not None
+
+
 def quarantine_prefix(day: date) -> str:
     return f"quarantine/{day.isoformat()}/"
 
@@ -83,6 +94,11 @@ def ledger_prefix(day: date) -> str:
 
 def ledger_key(day: date, run: str) -> str:
     return f"{ledger_prefix(day)}{run}.json"
+
+
+def is_ledger_key(key: str) -> bool:
+    """Whether a key below ledger_prefix() is certainly of a run of ours, and not of something else that lies there."""
+    return _LEDGER.fullmatch(key) is not None
 
 
 def dataset_key(name: str, day: str) -> str:

@@ -14,7 +14,7 @@ the lake.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,7 @@ import msgspec
 
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
-from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.bars import Channel, arrival_error
 from polygon_pipeline.market.calendar import session
 
 # Which time says what a connection covered. "processing": the clock, because a minute's bar comes within seconds of
@@ -33,6 +33,7 @@ TimeBase = Literal["processing", "event"]
 SESSION_OVER = "the session is over"
 
 _MINUTE_TOPICS = f"{Channel.MINUTE}."
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MINUTE = timedelta(minutes=1)
 _LATEST_DELIVERY = timedelta(seconds=5)
 
@@ -141,10 +142,12 @@ class Ledger(msgspec.Struct):
 
 
 class DayLedgers(NamedTuple):
-    """The accounts of all runs that got bars of a day. unreadable: the keys of others, each with the reason."""
+    """The accounts of all runs that got bars of a day. unreadable: the keys of others, each with the reason; strays:
+    keys that are no ledger's, and were left alone."""
 
     ledgers: list[Ledger]
     unreadable: dict[str, str]
+    strays: list[str]
 
 
 class Balance(NamedTuple):
@@ -165,29 +168,39 @@ def encode_ledger(ledger: Ledger) -> bytes:
 
 def decode_ledger(content: bytes) -> Ledger:
     """Raises ValueError (msgspec's errors are) for what is no ledger."""
-    return msgspec.json.decode(content, type=Ledger)
+    try:
+        ledger = msgspec.json.decode(content, type=Ledger)
+        errors = [error for moment in _moments(ledger) if (error := arrival_error(moment))]
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+    if errors:
+        raise ValueError(errors[0])
+    return ledger
 
 
 def read_ledgers(lake: Lake, day: date) -> DayLedgers:
     """Reads the ledgers of a day; one that cannot be read is named and costs only itself. Raises the store's errors."""
-    found = DayLedgers([], {})
+    found = DayLedgers([], {}, [])
     for key in lake.keys(layout.ledger_prefix(day)):
         try:
             found.ledgers.append(decode_ledger(lake.get(key) or b""))
         except ValueError as error:
-            found.unreadable[key] = str(error)
+            if layout.is_ledger_key(key):
+                found.unreadable[key] = str(error)
+            else:
+                found.strays.append(key)
     return found
 
 
 def reconcile(lake: Lake, day: date, channel: Channel) -> Balance:
     """Compares a day's ledgers with its raw-data; a day without ledgers (another writer's) balances."""
-    ledgers, unreadable = read_ledgers(lake, day)
+    ledgers, unreadable, _ = read_ledgers(lake, day)
     errors = [f"{lake.url(key)} cannot be read: {reason}" for key, reason in unreadable.items()]
     for ledger in ledgers:
         errors += [f"{ledger.run}: {error}" for error in ledger.account.imbalance(ledger.write_objects)]
     counts = _day_counts(ledgers, day, channel)
     counted = sum(count.objects for count in counts)
-    on_lake = len(lake.keys(layout.raw_prefix(channel, day)))
+    on_lake = sum(layout.parse_raw_key(key) is not None for key in lake.keys(layout.raw_prefix(channel, day)))
     if on_lake < counted:
         errors.append(f"the ledgers count {counted} objects, but only {on_lake} are on the lake")
     return Balance(
@@ -320,6 +333,20 @@ def _played_minutes(ledger: Ledger, connection: Connection) -> tuple[datetime, d
     if is_last and ledger.account.ended_by == SESSION_OVER:
         last = played.post_close - _MINUTE
     return first, last
+
+
+def _moments(ledger: Ledger) -> Iterator[datetime]:
+    """The times in a ledger that anything is computed from."""
+    yield ledger.started_at
+    if ledger.account.last_received_at:
+        yield ledger.account.last_received_at
+    for connection in ledger.account.connections:
+        yield connection.since
+        if connection.until:
+            yield connection.until
+        for start_ms in (connection.first_bar_ms, connection.last_bar_ms):
+            if start_ms is not None:
+                yield _EPOCH + timedelta(milliseconds=start_ms)
 
 
 def _day_counts(ledgers: Iterable[Ledger], day: date, channel: Channel) -> list[DayCount]:

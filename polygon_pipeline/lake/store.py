@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 import obstore
 from obstore.exceptions import (
     BaseError,
+    GenericError,
+    InvalidPathError,
     NotFoundError,
     PermissionDeniedError,
     UnauthenticatedError,
@@ -31,6 +34,7 @@ from polygon_pipeline.lake.durable import make_folder, sync_path
 
 if TYPE_CHECKING:
     import boto3
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 T = TypeVar("T")
@@ -73,10 +77,11 @@ class S3Access:
 
 @dataclass(frozen=True)
 class Lake:
-    """A lake's root: an object store and the URI that people know it by."""
+    """A lake's root: an object store and the URI that people know it by. s3: how to reach one on S3."""
 
     uri: str
     store: ObjectStore
+    s3: S3Access | None = field(default=None, repr=False)
 
     @property
     def is_s3(self) -> bool:
@@ -122,8 +127,38 @@ class Lake:
             return None
 
     def keys(self, prefix: str) -> list[str]:
-        """All keys below a prefix, sorted."""
-        return sorted(meta["path"] for page in obstore.list(self.store, prefix) for meta in page)
+        """All keys below a prefix, sorted; those of other programs may be such that they cannot be got."""
+        return sorted({meta["path"] for page in self.pages(prefix) for meta in page})
+
+    def pages(self, prefix: str, after: str | None = None, size: int = 1000) -> Iterator[Sequence[ObjectMeta]]:
+        """The objects below a prefix, `size` at a time; on S3 in the order of their keys, from beyond `after` on.
+
+        obstore gives up a listing with an error where it meets a key that it has no name for, such as `A//B`: others
+        must not wait until that is removed. The rest is then listed without it, in its own spelling.
+        """
+        try:
+            listing: Iterable[Sequence[ObjectMeta]] = obstore.list(self.store, prefix, offset=after, chunk_size=size)
+            if not self.is_s3:
+                listing = list(listing)  # in no order, so that there is no going on after an error
+            for page in listing:
+                yield page
+                after = page[-1]["path"]
+        except (InvalidPathError, ValueError):  # the second where such a key is `after` itself
+            if self.s3 is None:
+                yield _walk(self.local_root, prefix)
+            else:
+                yield from _list_s3(self.uri, self.s3, prefix, after, size)
+
+    def folders(self, prefix: str) -> list[str]:
+        """The names of the folders directly below a prefix, sorted."""
+        try:
+            found = obstore.list_with_delimiter(self.store, prefix)["common_prefixes"]
+        except InvalidPathError:
+            if self.s3 is None:
+                found = [entry.path for entry in os.scandir(self.local_root / prefix) if entry.is_dir()]
+            else:
+                found = _folders_s3(self.uri, self.s3, prefix)
+        return sorted(folder.removesuffix("/").rpartition("/")[2] for folder in found)
 
     def get_many(self, keys: Sequence[str], use: Callable[[str, bytes], object]) -> None:
         """Fetches many objects, many at a time, and calls `use(key, content)` for each, in no order."""
@@ -197,7 +232,8 @@ def open_lake(uri: str, s3: Callable[[], S3Access]) -> Lake:
         make_folder(root, exist_ok=True)
         return Lake(uri, LocalStore(root))
     if parts.scheme == "s3" and parts.netloc:
-        return Lake(uri, _s3_store(parts.netloc, parts.path.strip("/"), s3()))
+        access = s3()
+        return Lake(uri, _s3_store(parts.netloc, parts.path.strip("/"), access), access)
     raise LakeError(f"LAKE_URI is {uri!r}; it must be s3://bucket/prefix or file:///absolute/path.")
 
 
@@ -225,6 +261,69 @@ def _s3_store(bucket: str, prefix: str, access: S3Access) -> S3Store:
         client_options=client,
         retry_config=_RETRY,
     )
+
+
+def _walk(root: Path, prefix: str) -> list[ObjectMeta]:
+    """The files below a prefix of a local lake, whatever they are called."""
+    found: list[ObjectMeta] = []
+    for folder, _, names in os.walk(root / prefix):
+        for name in names:
+            path = Path(folder, name)
+            key = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
+            found.append(_meta(key, path.stat().st_size, datetime.fromtimestamp(path.stat().st_mtime, UTC)))
+    return found
+
+
+def _list_s3(uri: str, access: S3Access, prefix: str, after: str | None, size: int) -> Iterator[list[ObjectMeta]]:
+    """The objects below a prefix of an S3 lake, whatever they are called, from beyond `after` on."""
+    with _s3_client(access) as client:
+        bucket, root = _place(uri)
+        pages = client.get_paginator("list_objects_v2").paginate(
+            Bucket=bucket,
+            Prefix=f"{root}{prefix}",
+            StartAfter=f"{root}{after or ''}",
+            PaginationConfig={"PageSize": size},
+        )
+        for page in pages:
+            if listed := page.get("Contents"):
+                yield [_meta(meta["Key"].removeprefix(root), meta["Size"], meta["LastModified"]) for meta in listed]
+
+
+def _folders_s3(uri: str, access: S3Access, prefix: str) -> list[str]:
+    with _s3_client(access) as client:
+        bucket, root = _place(uri)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{root}{prefix}", Delimiter="/")
+        return [found["Prefix"] for page in pages for found in page.get("CommonPrefixes", [])]
+
+
+@contextlib.contextmanager
+def _s3_client(access: S3Access) -> Iterator[Any]:
+    """boto3's client, which gives every key its own name. Its errors become obstore's."""
+    import botocore
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    config = Config(signature_version=botocore.UNSIGNED) if access.unsigned else None
+    client = access.session.client(
+        "s3", endpoint_url=access.endpoint_url, verify=access.verify_certificates, config=config
+    )
+    try:
+        yield client
+    except (BotoCoreError, ClientError) as error:
+        raise GenericError(str(error)) from error
+    finally:
+        client.close()
+
+
+def _place(uri: str) -> tuple[str, str]:
+    """The bucket of an S3 lake, and what its keys begin with there."""
+    parts = urlsplit(uri)
+    prefix = parts.path.strip("/")
+    return parts.netloc, f"{prefix}/" if prefix else ""
+
+
+def _meta(key: str, size: int, last_modified: datetime) -> ObjectMeta:
+    return {"path": key, "last_modified": last_modified, "size": size, "e_tag": None, "version": None}
 
 
 def _decode_claim(content: bytes) -> _Claim | None:

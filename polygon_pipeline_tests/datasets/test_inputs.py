@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.datasets.inputs import RawDay, fetch_raw, normalize_day
@@ -73,7 +75,8 @@ def test_a_bucket_filled_by_another_program_is_normalized(lake: Lake, tmp_path: 
     lake.put("raw-data/2026-01-26/README.txt", b"hello")
     lake.put("raw-data/2026-01-26/SPY/latest.json", b"{}")
     raw, rows = normalize(lake, tmp_path)
-    assert raw == RawDay(frame_files=0, records=3, unreadable={})
+    strays = ["raw-data/2026-01-26/README.txt", "raw-data/2026-01-26/SPY/latest.json"]
+    assert raw == RawDay(frame_files=0, records=3, unreadable={}, strays=strays)
     assert closes(rows) == [("BRK.B", 500.0), ("QQQ", 20.5), ("SPY", 450.5)]
     assert [row["session"] for row in rows] == ["post", "regular", "regular"]
     assert rows[1]["received_at"] == datetime(2026, 1, 26, 17, 0, 1, tzinfo=UTC)
@@ -229,6 +232,58 @@ def test_an_empty_reference_does_not_make_a_day(file_lake: Lake, tmp_path: Path)
     put_reference(file_lake, tmp_path)
     with pytest.raises(NoBars, match="2026-01-26"):
         normalize(file_lake, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "foreign"])
+def test_a_reference_that_cannot_be_read_is_named_and_the_day_is_made_without_it(
+    file_lake: Lake, tmp_path: Path, damage: str
+) -> None:
+    put_frames(file_lake, [line(ARRIVAL, [aggregate("SPY", c=450.3)])])
+    key = layout.dataset_key("reference_bars", DAY.isoformat())
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "foreign.parquet")
+    file_lake.put(key, b"" if damage == "empty" else (tmp_path / "foreign.parquet").read_bytes())
+    raw, rows = normalize(file_lake, tmp_path)
+    assert closes(rows) == [("SPY", 450.3)]
+    assert list(raw.unreadable) == [key]
+    assert raw.reference is None
+
+
+@pytest.mark.parametrize("odd", [{"volume": 1e30}, {"vwap": 1e300}, {"high": float("inf")}, {"close": float("nan")}])
+def test_a_bar_of_the_reference_that_is_out_of_bounds_is_named_and_left_out(
+    file_lake: Lake, tmp_path: Path, odd: Row
+) -> None:
+    put_reference(file_lake, tmp_path, reference_row("SPY"), reference_row("QQQ", **odd))
+    raw, rows = normalize(file_lake, tmp_path)
+    assert closes(rows) == [("SPY", 450.5)]
+    [reason] = raw.unreadable.values()
+    assert "1 bars are out of bounds and left out, such as QQQ at 2026-01-26 17:00:00" in reason
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"volume": 1e30}, {"vwap": 1e300}, {"close": 1e9}, {"volume": 10**400}, {"volume": 10**15}],
+)
+def test_a_record_with_values_out_of_bounds_is_reported_and_left_out(
+    file_lake: Lake, tmp_path: Path, odd: JsonObject
+) -> None:
+    put_record(file_lake, "GOOD", NOON, 1.0)
+    key = put_record(file_lake, "SPY", NOON, 2.0, bar_data=odd)
+    raw, rows = normalize(file_lake, tmp_path)
+    assert closes(rows) == [("GOOD", 1.0)]
+    assert list(raw.unreadable) == [key]
+
+
+@pytest.mark.parametrize("stamp", ["0001-01-01T00:00:00+05:00", "0001-01-01T00:00:00Z", "9999-12-31T23:59:59-05:00"])
+def test_a_record_that_was_collected_at_an_impossible_time_is_reported_and_left_out(
+    file_lake: Lake, tmp_path: Path, stamp: str
+) -> None:
+    put_record(file_lake, "GOOD", NOON, 1.0)
+    record = json.loads(record_line("SPY", NOON, 2.0)) | {"collected_at": stamp}
+    key = layout.raw_key(Channel.MINUTE, DAY, "SPY", NOON)
+    file_lake.put(key, json.dumps(record).encode())
+    raw, rows = normalize(file_lake, tmp_path)
+    assert closes(rows) == [("GOOD", 1.0)]
+    assert list(raw.unreadable) == [key]
 
 
 def test_second_bars_have_no_reference(file_lake: Lake, tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ def test_nothing_is_made_of_bars_with_a_wrong_schema(file_lake: Lake, tmp_path: 
     assert "vwap" in str(failed.error)
 
 
+def test_a_dataset_on_the_lake_that_is_no_parquet_file_costs_only_its_day(file_lake: Lake, tmp_path: Path) -> None:
+    collect(file_lake, DAYS[:3])
+    make(file_lake, tmp_path / "first", DAYS[:3])
+    file_lake.put(layout.dataset_key(catalog.NORMALIZED_BARS.name, DAYS[1].isoformat()), b"")
+    made = make(file_lake, tmp_path / "second", DAYS[:3], [catalog.DAILY_BARS])
+    assert made == [(DAYS[0], "daily_bars"), (DAYS[1], "WrongSchema"), (DAYS[2], "daily_bars")]
+
+
 def test_a_store_error_ends_the_run(file_lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object) -> None:
         raise OSError("the store is away")

@@ -135,6 +135,24 @@ def test_a_second_fetch_changes_no_file(file_lake: Lake, tmp_path: Path) -> None
     assert {day: reference(file_lake, day, tmp_path).read_bytes() for day in WEEK} == before
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "middle"])
+def test_a_reference_on_the_lake_that_cannot_be_read_is_replaced_and_costs_no_other_day(
+    file_lake: Lake, tmp_path: Path, damage: str
+) -> None:
+    with vendor(tmp_path) as vendor_:
+        fetched(file_lake, WEEK, vendor_.sources(TICKERS), tmp_path)
+        whole = reference(file_lake, WEEK[1], tmp_path).read_bytes()
+        stored = file_lake.local_root / layout.dataset_key(REFERENCE_BARS.name, WEEK[1].isoformat())
+        if damage == "foreign":
+            pq.write_table(pq.read_table(stored, partitioning=None).drop_columns(["open"]), stored)
+        else:
+            middle = whole[:100] + bytes(4000) + whole[4100:]
+            stored.write_bytes({"empty": b"", "cut": whole[:-20], "middle": middle}[damage])
+        days = fetched(file_lake, WEEK, vendor_.sources(TICKERS), tmp_path)
+        assert [isinstance(day, FetchedDay) and day.is_new for day in days] == [day == WEEK[1] for day in WEEK]
+    assert bars_of(reference(file_lake, WEEK[1], tmp_path)) == truth(WEEK[1])
+
+
 def test_an_interrupted_run_is_continued_with_the_missing_tickers(file_lake: Lake, tmp_path: Path) -> None:
     faults = [RestFault(RestFaultType.NOT_AUTHORIZED, path="/TCEHY/")]
     with vendor(tmp_path, faults=faults) as vendor_:
@@ -289,7 +307,7 @@ def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_v
             for _, bar in decode_frame(frame.payload, LATER).bars:
                 received[bar.ticker, bar.start_ms] = (*bar[2:6], float(bar.volume), bar.vwap)
 
-    ledgers, unreadable = read_ledgers(file_lake, DAY)
+    ledgers, unreadable, _ = read_ledgers(file_lake, DAY)
     assert unreadable == {}
     assert len(repairable_gaps(DAY, ledgers, 0, SETTLED, LATER)) == 1
     with vendor(tmp_path, history) as vendor_:

@@ -96,7 +96,7 @@ def test_days_accounted_for_by_our_ledgers_are_not_reported_until_there_are_more
     put_raw_bars(lake, DAYS[0], minutes=3)
     put_ledger(lake, DAYS[0], "ONE", 2)
     put_ledger(lake, DAYS[0], "TWO", 1)
-    lake.put(layout.ledger_key(DAYS[0], "TORN"), b"{")
+    lake.put(layout.ledger_key(DAYS[0], "20260126T090000Z-torn"), b"{")
     assert ticks.next() == []
     put_raw_bars(lake, DAYS[0], "QQQ")
     assert ticks.next() == [str(DAYS[0])]

@@ -136,13 +136,14 @@ def test_an_empty_lake_has_no_days(lake: Lake) -> None:
     assert position == Position()
 
 
-def test_a_day_that_cannot_be_listed_has_an_error_and_the_others_are_listed(file_lake: Lake) -> None:
+def test_an_object_that_is_no_bars_is_counted_and_named_and_hides_no_other(file_lake: Lake) -> None:
     put_raw_bars(file_lake, DAYS[0], "SPY")
     put_raw_bars(file_lake, DAYS[1], "SPY")
     (file_lake.local_root / f"raw-data/{DAYS[1]}" / os.fsdecode(b"\xff")).write_bytes(b"")
-    found = {one.day: one.error for one in look(file_lake, Position(), [], TODAY)}
-    assert found[DAYS[0]] is None
-    assert found[DAYS[1]]
+    found = {one.day: one for one in look(file_lake, Position(), [], TODAY)}
+    assert (found[DAYS[0]].objects, found[DAYS[0]].strays) == (1, 0)
+    assert (found[DAYS[1]].objects, found[DAYS[1]].strays) == (1, 1)
+    assert found[DAYS[1]].first_stray == f"raw-data/{DAYS[1]}/\\xff"
 
 
 OLD = NOW - timedelta(hours=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, date, datetime, timedelta
 
 import msgspec
@@ -194,16 +195,49 @@ def test_a_day_without_ledgers_balances(file_lake: Lake) -> None:
     assert (balance.errors, balance.runs, balance.objects_counted, balance.objects_on_lake) == ([], 0, 0, 1)
 
 
+TORN = "20260126T090000Z-torn"
+
+
 def test_a_missing_object_an_imbalance_and_an_unreadable_ledger_are_errors_that_name_the_run(file_lake: Lake) -> None:
     put(file_lake, "ONE", account_of(2))
     put_raw_bars(file_lake, DAY, "SPY")
     wrong = account_of(0)
     wrong.events = 5
     put(file_lake, "TWO", wrong)
-    file_lake.put(layout.ledger_key(DAY, "TORN"), b"{")
+    file_lake.put(layout.ledger_key(DAY, TORN), b"{")
     assert objects_counted(file_lake, DAY, Channel.MINUTE) == 2
-    assert list(read_ledgers(file_lake, DAY).unreadable) == [layout.ledger_key(DAY, "TORN")]
+    assert list(read_ledgers(file_lake, DAY).unreadable) == [layout.ledger_key(DAY, TORN)]
     unreadable, imbalance, missing = reconcile(file_lake, DAY, Channel.MINUTE).errors
-    assert f"{file_lake.url(layout.ledger_key(DAY, 'TORN'))} cannot be read" in unreadable
+    assert f"{file_lake.url(layout.ledger_key(DAY, TORN))} cannot be read" in unreadable
     assert imbalance == "TWO: 5 events came in, but 0 are accounted for"
     assert missing == "the ledgers count 2 objects, but only 1 are on the lake"
+
+
+def test_what_is_no_ledger_by_its_name_is_left_alone_and_balances(file_lake: Lake) -> None:
+    put(file_lake, "ONE", account_of(1))
+    put_raw_bars(file_lake, DAY, "SPY")
+    file_lake.put("ledger/2026-01-26/notes.json", b"to do: lunch")
+    file_lake.put("raw-data/2026-01-26/SPY/notes.json", b"{}")
+    assert read_ledgers(file_lake, DAY).strays == ["ledger/2026-01-26/notes.json"]
+    balance = reconcile(file_lake, DAY, Channel.MINUTE)
+    assert (balance.errors, balance.objects_on_lake) == ([], 1)
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59Z", "2026-01-26T12:00:00"])
+@pytest.mark.parametrize("name", ["started_at", "since", "until", "last_received_at"])
+def test_a_ledger_with_an_impossible_time_cannot_be_read(name: str, time: str) -> None:
+    at = datetime(2026, 1, 26, 15, tzinfo=UTC)
+    account = Account(connections=[Connection(at, at)], last_received_at=at)
+    whole = json.loads(encode_ledger(ledger_of(account)))
+    place = {"started_at": whole, "last_received_at": whole["account"]}.get(name, whole["account"]["connections"][0])
+    place[name] = time
+    with pytest.raises(ValueError, match="the time"):
+        decode_ledger(json.dumps(whole).encode())
+
+
+@pytest.mark.parametrize("start_ms", [10**30, 10**17, -(10**14), 0])
+def test_a_ledger_with_an_impossible_bar_cannot_be_read(start_ms: int) -> None:
+    account = Account(connections=[Connection(datetime(2026, 1, 26, 15, tzinfo=UTC), last_bar_ms=5)])
+    content = encode_ledger(ledger_of(account)).replace(b'"last_bar_ms": 5', b'"last_bar_ms": %d' % start_ms)
+    with pytest.raises(ValueError, match=r"."):
+        decode_ledger(content)
