@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
@@ -41,6 +42,7 @@ _STAGED_FOR = timedelta(hours=6)
 # Longer than anyone would wait for: a whole market by a free plan's requests.
 _LONGEST_SECONDS = 12 * 3600.0
 _REPORT_EVERY_SECONDS = 30.0
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Sources:
 
 class FetchedDay(NamedTuple):
     """A day of the reference. file: local, until the next day is asked for. is_new: whether it says something else than
-    the lake's file, or the lake has none: then it is to be stored."""
+    the lake's file, or the lake has none: then it is to be stored. refused: the tickers that were asked for and refused,
+    each with the reason."""
 
     day: date
     file: Path
     info: reference.ReferenceInfo
     is_new: bool
+    refused: Mapping[str, str] = MappingProxyType({})
 
 
 class UnfetchedDay(NamedTuple):
@@ -128,9 +132,9 @@ def _from_rest(
         )
     staging = _staging(sources, days)
     ledgers = read_ledgers(lake, days[-1]).ledgers
-    files = _stage(tickers, days, sources, staging, market_time(ledgers, now), report)
+    files, refused = _stage(tickers, days, sources, staging, market_time(ledgers, now), report)
     asked_at = market_time(ledgers, min(_asked_at(file) for file in files))
-    with reference.Pages(files, tickers, folder) as pages:
+    with reference.Pages(files, [ticker for ticker in tickers if ticker not in refused], folder) as pages:
         for day in days:
             scratch = _new(folder, day)
             made = scratch / "made.parquet"
@@ -139,9 +143,9 @@ def _from_rest(
             info = reference.read_reference_info(old) if old else None
             if old and info and (info.source == "flat_file" or reference.same_bars(old, made)):
                 # A flat file has the whole market, so a few tickers' answers are no replacement.
-                yield FetchedDay(day, old, info, is_new=False)
+                yield FetchedDay(day, old, info, is_new=False, refused=refused)
                 continue
-            yield FetchedDay(day, made, reference.read_reference_info(made), is_new=True)
+            yield FetchedDay(day, made, reference.read_reference_info(made), is_new=True, refused=refused)
     shutil.rmtree(staging)
 
 
@@ -164,8 +168,9 @@ def _stage(
     staging: Path,
     now: datetime,
     report: Callable[[str], object],
-) -> list[Path]:
-    """Fetches every ticker's answers into a file of its own, unless an earlier run has; returns the files.
+) -> tuple[list[Path], dict[str, str]]:
+    """Fetches every ticker's answers into a file of its own, unless an earlier run has; returns the files, and why
+    tickers have none.
 
     Answers that an earlier run got before the last day was over are not used: there is more by now.
     """
@@ -179,11 +184,14 @@ def _stage(
     missing = [ticker for ticker in tickers if _name(ticker) not in staged]
     if staged and missing:
         report(f"{len(staged)} of {len(tickers)} tickers were fetched by an earlier run that was cut")
+    refused: dict[str, str] = {}
     lines: dict[str, list[bytes]] = {}
     first_asked: dict[str, datetime] = {}
     reported = time.monotonic()
 
     def use(page: Page) -> None:
+        if page.refused:
+            report(f"{page.ticker}: {len(page.refused)} bars are left out, such as {page.refused[0]}")
         lines.setdefault(page.ticker, []).append(reference.page_line(page))
         asked_at = first_asked.setdefault(page.ticker, page.fetched_at)
         if page.is_last:
@@ -201,8 +209,11 @@ def _stage(
     if missing:
         pace = _duration(seconds_left(0, len(missing), 0, sources.requests_per_second))
         report(f"asking REST for {len(missing)} tickers from {days[0]} to {days[-1]}: {pace} at the plan's pace")
-        sources.rest.fetch_many(missing, days[0], days[-1], use, progress)
-    return [staged[_name(ticker)] for ticker in tickers]
+        refused = sources.rest.fetch_many(missing, days[0], days[-1], use, progress, is_served=bool(staged))
+        if refused:
+            named = "; ".join(f"{ticker}: {reason}" for ticker, reason in [*refused.items()][:_NAMED])
+            report(f"{len(refused)} of {len(tickers)} tickers are refused, and the others are used. {named}")
+    return [staged[_name(ticker)] for ticker in tickers if ticker not in refused], refused
 
 
 def _tickers(days: Sequence[date], sources: Sources) -> list[str]:

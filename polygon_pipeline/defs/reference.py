@@ -125,6 +125,7 @@ def _store(lake: Lake, fetched: FetchedDay) -> dict[str, Any]:
         _KNOWN_UNTIL: dg.MetadataValue.timestamp(info.until_ms / 1000),
         "changed": fetched.is_new,
         "etag": info.etag or "none",
+        **({"tickers_refused": dict([*fetched.refused.items()][:20])} if fetched.refused else {}),
     }
 
 

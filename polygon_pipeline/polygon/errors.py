@@ -1,6 +1,6 @@
 """What can go wrong when the vendor's history is asked for, over REST and as flat files alike.
 
-Belongs here: the three outcomes that callers act on differently. Does not belong here: when each of them is meant.
+Belongs here: the outcomes that callers act on differently. Does not belong here: when each of them is meant.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from datetime import datetime
 
 class HistoryRefused(Exception):
     """The vendor will not serve this, or not to these credentials: trying again cannot help. Says what to correct."""
+
+
+class RequestRefused(HistoryRefused):
+    """The vendor refuses this one request: the same may not be true of another ticker or day."""
 
 
 class HistoryUnavailable(Exception):

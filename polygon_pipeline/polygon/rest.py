@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from datetime import UTC, date, datetime
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -24,8 +24,8 @@ import tenacity
 import urllib3
 from tenacity.wait import wait_base
 
-from polygon_pipeline.market.bars import ticker_error
-from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
+from polygon_pipeline.market.bars import Price, Shares, ticker_error
+from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished, RequestRefused
 from polygon_pipeline.polygon.rate_limit import RateLimit
 
 T = TypeVar("T")
@@ -38,8 +38,16 @@ _TIMEOUT = urllib3.Timeout(connect=10, read=30)
 # With the waits below, two minutes: longer than a free plan's window, and than most restarts.
 _TRIES = 8
 _BACKOFF = tenacity.wait_exponential_jitter(initial=1, max=60)
+# Ten times an answer with as many bars as there can be.
+_LARGEST_ANSWER = 64 * 1024 * 1024
+# Where no ticker is served and so many are refused, it is not because of the tickers.
+_REFUSALS = 20
 # A server that wants longer is asked again by a later run.
 _LONGEST_RETRY_AFTER = 300.0
+
+
+# What a column can hold.
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class HistoryBar(
@@ -59,14 +67,14 @@ class HistoryBar(
 ):
     """One minute of a ticker. start_ms: the window's start, Unix ms. US dollars, unadjusted; volume in shares."""
 
-    start_ms: int
-    open: float
-    high: float
-    low: float
-    close: float
-    volume: float
-    vwap: float | None = None
-    transactions: int | None = None
+    start_ms: _Int64
+    open: Price
+    high: Price
+    low: Price
+    close: Price
+    volume: Shares
+    vwap: Price | None = None
+    transactions: _Int64 | None = None
 
 
 class Page(NamedTuple):
@@ -74,13 +82,14 @@ class Page(NamedTuple):
 
     fetched_at: when the answer was asked for (aware, UTC). The vendor's values are at least as new as that, while a
     revision that the stream sends during the request may be newer than the answer. content: a JSON array of HistoryBar,
-    checked and as received. is_last: no page follows.
+    checked and as received. is_last: no page follows. refused: why bars were left out of it.
     """
 
     ticker: str
     fetched_at: datetime
     content: bytes
     is_last: bool
+    refused: tuple[str, ...] = ()
 
     @property
     def bars(self) -> list[HistoryBar]:
@@ -89,12 +98,36 @@ class Page(NamedTuple):
 
 
 _decode_bars = msgspec.json.Decoder(list[HistoryBar]).decode
+_decode_bar = msgspec.json.Decoder(HistoryBar).decode
+
+
+def _sound_bars(content: bytes) -> tuple[bytes, list[str]]:
+    """An answer's bars without those that are none, and why each of these is left out. Raises as msgspec does where it
+    is no list, and where none of its bars is sound."""
+    try:
+        _decode_bars(content)
+        return content, []
+    except msgspec.ValidationError as error:
+        sound: list[bytes] = []
+        refused: list[str] = []
+        for bar in map(bytes, msgspec.json.decode(content, type=list[msgspec.Raw])):
+            try:
+                _decode_bar(bar)
+                sound.append(bar)
+            except (ValueError, RecursionError) as reason:
+                refused.append(f"{reason}: {bar[:200].decode(errors='replace')}")
+        if not sound:
+            raise error
+        return b"[" + b",".join(sound) + b"]", refused
 
 
 class _Traded(msgspec.Struct, rename={"ticker": "T"}):
     """The part of a grouped bar that is used."""
 
     ticker: str
+
+
+_decode_traded = msgspec.json.Decoder(list[_Traded]).decode
 
 
 class _Answer(msgspec.Struct):
@@ -155,7 +188,7 @@ class RestHistory:
     def traded_tickers(self, day: date) -> list[str]:
         """The tickers that have a daily bar, sorted; empty where the vendor has none for that day."""
         url = f"{self._url}/v2/aggs/grouped/locale/us/market/stocks/{day}?adjusted=false"
-        _, _, rows = self._ask(url, list[_Traded], threading.Event())
+        _, _, rows = self._ask(url, _decode_traded, threading.Event())
         return sorted({row.ticker for row in rows if not ticker_error(row.ticker)})
 
     def fetch_many(
@@ -165,11 +198,14 @@ class RestHistory:
         last: date | int,
         use: Callable[[Page], object],
         progress: Callable[[int, int, float], object] = lambda done, total, seconds: None,
-    ) -> None:
-        """minute_bars of many tickers, as many at a time as the limit allows. The first error ends all and is raised.
+        is_served: bool = False,
+    ) -> dict[str, str]:
+        """minute_bars of many tickers, as many at a time as the limit allows. Returns why tickers were refused.
 
-        use: called for every page, one at a time and a ticker's in order, on other threads. progress: called on this
-        thread after each ticker with those done, all, and the seconds left by estimate.
+        A ticker that is refused or not there costs no other, unless no ticker is served: then it is not because of the
+        tickers. That, and the first error of another kind, ends all and is raised. use: called for every page, one at a
+        time and a ticker's in order, on other threads. progress: called on this thread after each ticker with those
+        done, all, and the seconds left by estimate. is_served: whether the vendor is known to serve others.
         """
         stop, one_at_a_time, began = threading.Event(), threading.Lock(), time.monotonic()
 
@@ -179,15 +215,24 @@ class RestHistory:
                     use(page)
 
         with ThreadPoolExecutor(min(CONCURRENCY, math.ceil(self._limit.per_second))) as threads:
+            refused: dict[str, str] = {}
+            asked = {threads.submit(fetch, ticker): ticker for ticker in tickers}
             try:
-                for done, ended in enumerate(as_completed([threads.submit(fetch, ticker) for ticker in tickers]), 1):
-                    ended.result()
+                for done, ended in enumerate(as_completed(asked), 1):
+                    try:
+                        ended.result()
+                        is_served = True
+                    except (RequestRefused, NotYetPublished) as error:
+                        refused[asked[ended]] = str(error)
+                        if not is_served and len(refused) == min(len(tickers), _REFUSALS):
+                            raise
                     elapsed = time.monotonic() - began
                     progress(done, len(tickers), seconds_left(done, len(tickers), elapsed, self._limit.per_second))
             except BaseException:
                 stop.set()
                 threads.shutdown(cancel_futures=True)
                 raise
+        return refused
 
     def _pages(self, ticker: str, first: date | int, last: date | int, stop: threading.Event) -> Iterator[Page]:
         if error := ticker_error(ticker):
@@ -197,7 +242,7 @@ class RestHistory:
         asked: set[str] = set()
         while url:
             asked.add(url)
-            fetched_at, answer, _ = self._ask(url, list[HistoryBar], stop)
+            fetched_at, answer, (bars, refused) = self._ask(url, _sound_bars, stop)
             url = answer.next_url
             if url and not url.lower().startswith(_origin(self._url)):
                 raise HistoryRefused(
@@ -206,10 +251,10 @@ class RestHistory:
                 )
             if url in asked:
                 raise HistoryUnavailable(f"{self._url}{path} goes on with a page that it gave before, without end.")
-            yield Page(ticker, fetched_at, bytes(answer.results), is_last=not url)
+            yield Page(ticker, fetched_at, bars, is_last=not url, refused=tuple(self._safe(why) for why in refused))
 
-    def _ask(self, url: str, results: type[T], stop: threading.Event) -> tuple[datetime, _Answer, T]:
-        """When an answer was asked for, the answer, and its results as the type given."""
+    def _ask(self, url: str, decode: Callable[[bytes], T], stop: threading.Event) -> tuple[datetime, _Answer, T]:
+        """When an answer was asked for, the answer, and its results, decoded."""
         name = url.partition("?")[0]
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Passing),
@@ -226,7 +271,7 @@ class RestHistory:
             answer = msgspec.json.decode(body, type=_Answer)
             if bytes(answer.results) == b"null":
                 answer.results = msgspec.Raw(b"[]")
-            decoded = msgspec.json.decode(answer.results, type=results)
+            decoded = decode(bytes(answer.results))
         except (ValueError, RecursionError) as error:
             start = self._safe(body[:200].decode(errors="replace"))
             raise HistoryUnavailable(
@@ -240,17 +285,23 @@ class RestHistory:
         with self._limit.turn(stop):
             asked_at = datetime.now(UTC)
             try:
-                response = self._pool.request("GET", url)
+                # Read in pieces, because a small answer may unpack to any size.
+                response = self._pool.request("GET", url, preload_content=False)
+                body = response.read(_LARGEST_ANSWER + 1)
+                if len(body) > _LARGEST_ANSWER:
+                    response.close()
+                    raise HistoryUnavailable(f"{name} answered with more than {_LARGEST_ANSWER} bytes.")
+                response.release_conn()
             except urllib3.exceptions.HTTPError as error:
                 raise _Passing(f"of {type(error).__name__}: {self._safe(str(error))}") from None
         if response.status == 200:
-            return asked_at, response.data
-        reason = self._reason(response.data)
+            return asked_at, body
+        reason = self._reason(body)
         match response.status:
             case 401:
                 raise HistoryRefused(f"{name} refused the API key ({reason}). Set POLYGON_API_KEY to a valid one.")
             case 403:
-                raise HistoryRefused(
+                raise RequestRefused(
                     f"{name} is not in the plan ({reason}). Plans differ in how far back they reach and whether today "
                     "is included: ask for days that yours covers, or upgrade it."
                 )
@@ -259,7 +310,7 @@ class RestHistory:
             case 408 | 429 | 500 | 502 | 503 | 504 as status:
                 raise _Passing(f"it answered {status} ({reason})", _retry_after(response, name))
             case status:
-                raise HistoryRefused(f"{name} answered {status} ({reason}). Check POLYGON_REST_URL and what was asked.")
+                raise RequestRefused(f"{name} answered {status} ({reason}). Check POLYGON_REST_URL and what was asked.")
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None

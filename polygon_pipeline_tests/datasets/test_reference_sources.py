@@ -135,6 +135,20 @@ def test_a_second_fetch_changes_no_file(file_lake: Lake, tmp_path: Path) -> None
     assert {day: reference(file_lake, day, tmp_path).read_bytes() for day in WEEK} == before
 
 
+def test_a_ticker_that_the_vendor_refuses_costs_only_itself(file_lake: Lake, tmp_path: Path) -> None:
+    refused = RestFault(RestFaultType.NOT_AUTHORIZED, path="/AAPL/", times=None)
+    for _ in range(2):  # the second finds the others' answers
+        said: list[str] = []
+        with vendor(tmp_path, faults=[refused]) as vendor_:
+            (tmp_path / "scratch").mkdir(exist_ok=True)
+            [day] = fetch_days(file_lake, [DAY], vendor_.sources(), tmp_path / "scratch", LATER, said.append)
+        assert isinstance(day, FetchedDay)
+        assert list(day.refused) == ["AAPL"]
+        assert day.info.tickers == tuple(sorted({*TICKERS} - {"AAPL"}))
+        assert {ticker for ticker, _ in bars_of(day.file)} == {*TICKERS} - {"AAPL"}
+        assert any("1 of 4 tickers are refused" in line and "AAPL" in line for line in said)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "middle"])
 def test_a_reference_on_the_lake_that_cannot_be_read_is_replaced_and_costs_no_other_day(
     file_lake: Lake, tmp_path: Path, damage: str
@@ -154,7 +168,7 @@ def test_a_reference_on_the_lake_that_cannot_be_read_is_replaced_and_costs_no_ot
 
 
 def test_an_interrupted_run_is_continued_with_the_missing_tickers(file_lake: Lake, tmp_path: Path) -> None:
-    faults = [RestFault(RestFaultType.NOT_AUTHORIZED, path="/TCEHY/")]
+    faults = [RestFault(RestFaultType.NEXT_URL_OF_ANOTHER_HOST, path="/TCEHY/")]
     with vendor(tmp_path, faults=faults) as vendor_:
         cut = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
         assert all(isinstance(result, UnfetchedDay) and isinstance(result.problem, HistoryRefused) for result in cut)

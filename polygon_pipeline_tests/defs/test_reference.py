@@ -79,7 +79,7 @@ def test_days_that_were_not_collected_are_made_from_the_history_and_a_second_run
 def test_a_day_that_the_plan_does_not_include_fails_with_the_reason(
     lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = [RestFault(RestFaultType.NOT_AUTHORIZED)]
+    refused = [RestFault(RestFaultType.NOT_AUTHORIZED, times=None)]
     with dg.DagsterInstance.ephemeral() as instance, vendor(monkeypatch, refused):
         result = materialize(instance, ["reference_bars"], DAYS[0], fails=True)
         assert not result.success

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import threading
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from massive import RESTClient  # type: ignore[import-untyped, unused-ignore]
 
+from polygon_pipeline.polygon import rest
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.rate_limit import RateLimit
 from polygon_pipeline.polygon.rest import HistoryBar, Page, RestHistory, seconds_left
@@ -305,6 +307,31 @@ def test_an_unreadable_answer_is_an_error_and_not_an_empty_answer(
     assert KEY not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "odd", [{"v": 1e30}, {"vw": 1e300}, {"h": 1e9}, {"c": None}, {"o": "1"}, {"n": 2**63}, {"t": 10**30}, {"t": 1.5}]
+)
+def test_a_bar_that_is_none_is_left_out_and_named_and_costs_no_other(
+    odd: dict[str, Any], server: PlannedServer, history: RestHistory
+) -> None:
+    server.plan[SPY] = [answer(rest_bar(), rest_bar(NOON + 60_000, **odd), rest_bar(NOON + 120_000))]
+    [page] = spy(history)
+    assert [bar.start_ms for bar in page.bars] == [NOON, NOON + 120_000]
+    [refused] = page.refused
+    assert f"$.{next(iter(odd))}" in refused or "missing required field" in refused
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_an_answer_without_end_is_an_error(
+    encoding: str, server: PlannedServer, history: RestHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rest, "_LARGEST_ANSWER", 1_000_000)
+    body = b" " * 50_000_000
+    packed = gzip.compress(body) if encoding == "gzip" else body[:1_000_001]
+    server.plan[SPY] = [Answer(200, packed, {"Content-Encoding": encoding})]
+    with pytest.raises(HistoryUnavailable, match="more than 1000000 bytes"):
+        spy(history)
+
+
 # Refusals
 
 
@@ -370,9 +397,42 @@ def test_many_tickers_are_fetched_page_by_page_with_their_progress(server: Plann
 def test_the_first_error_ends_the_other_requests_during_their_pauses(server: PlannedServer, tmp_path: Path) -> None:
     an_hour = tenacity.wait_fixed(3600)
     history = RestHistory(server.url, KEY, RateLimit(tmp_path / "limit", 1000, 1.0), backoff=an_hour)
-    server.plan |= {bars_path(ticker): [Answer(503)] for ticker in TICKERS} | {bars_path("T7"): [Answer(403)]}
+    server.plan |= {bars_path(ticker): [Answer(503)] for ticker in TICKERS} | {bars_path("T7"): [Answer(401)]}
     with pytest.raises(HistoryRefused, match="/T7/"):
         history.fetch_many(TICKERS, DAY, DAY, lambda page: None)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 414])
+def test_a_ticker_that_is_refused_is_named_and_costs_no_other(
+    status: int, server: PlannedServer, history: RestHistory
+) -> None:
+    server.plan |= {bars_path(ticker): [answer(rest_bar())] for ticker in TICKERS}
+    server.plan[bars_path("T7")] = [Answer(status, {"message": "no such ticker"})]
+    pages: list[Page] = []
+    refused = history.fetch_many(TICKERS, DAY, DAY, pages.append)
+    assert sorted(page.ticker for page in pages) == sorted({*TICKERS} - {"T7"})
+    assert list(refused) == ["T7"]
+    assert "no such ticker" in refused["T7"]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, HistoryRefused), (404, NotYetPublished), (401, HistoryRefused)])
+def test_where_every_ticker_is_refused_that_is_the_error_after_a_few_requests(
+    status: int, kind: type[Exception], server: PlannedServer, history: RestHistory
+) -> None:
+    many = [f"M{n}" for n in range(200)]
+    server.plan |= {bars_path(ticker): [Answer(status, {"message": "no"})] for ticker in many}
+    with pytest.raises(kind):
+        history.fetch_many(many, DAY, DAY, lambda page: None)
+    assert len(server.asked) < 100
+    with pytest.raises(kind):
+        history.fetch_many(many[-2:], DAY, DAY, lambda page: None)
+
+
+def test_tickers_that_are_refused_where_others_are_known_to_be_served_are_named(
+    server: PlannedServer, history: RestHistory
+) -> None:
+    server.plan[SPY] = [Answer(403)]
+    assert list(history.fetch_many(["SPY"], DAY, DAY, lambda page: None, is_served=True)) == ["SPY"]
 
 
 def test_an_error_of_the_pages_consumer_ends_the_fetch(server: PlannedServer, history: RestHistory) -> None:
