@@ -5,16 +5,23 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from polygon_pipeline import demo
 from polygon_pipeline.collector.launching import Outcome, PastRun, Wait
-from polygon_pipeline.market.calendar import completed_sessions
+from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.lake import layout
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.calendar import completed_sessions, trade_date
 from polygon_pipeline.settings import load
-from polygon_pipeline_tests.support.bars import DAY
+from polygon_pipeline_tests.support.bars import DAY, record_line
+from polygon_pipeline_tests.support.lakes import local_lake
+from polygon_pipeline_tests.support.materializing import materialize
 from polygon_pipeline_tests.support.past_runs import past_runs
+from polygon_pipeline_tests.support.real_bars import RecordedBars
 
 REAL = {"POLYGON_API_KEY": "a-key", "POLYGON_TICKERS": "SPY"}
 
@@ -52,6 +59,37 @@ def test_simulated_and_real_defaults_share_no_folder() -> None:
 def test_the_built_in_simulator_has_a_high_request_limit_and_another_server_the_free_plans() -> None:
     assert load(demo.with_defaults({})).rest_requests_per_minute == 6000
     assert load(demo.with_defaults({"POLYGON_REST_URL": "http://127.0.0.1:1"})).rest_requests_per_minute == 5
+
+
+# Whose lake
+
+
+@pytest.mark.slow
+def test_a_lake_that_another_program_filled_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded_bars: RecordedBars
+) -> None:
+    lake = local_lake(tmp_path / "lake")
+    bars = recorded_bars.bars()[:60]
+    for bar in bars:
+        start_ms = int(bar["start_ms"])
+        key = layout.raw_key(Channel.MINUTE, trade_date(start_ms), bar["ticker"], start_ms)
+        lake.put(key, record_line(bar["ticker"], start_ms, float(bar["close"])))
+    before = {key: lake.get(key) for key in lake.keys("")}
+    assert len(before) == 60
+    for name, value in {
+        "LAKE_URI": lake.uri,
+        "JOURNAL_DIR": str(tmp_path / "journal"),
+        "POLYGON_TICKERS": bars[0]["ticker"],
+        "POLYGON_HISTORY_START": "2026-01-01",
+    }.items():
+        monkeypatch.setenv(name, value)
+    day = trade_date(int(bars[0]["start_ms"])).isoformat()
+    config = {"ops": {"collect_aggregates": {"config": {"session_date": day, "stop_after_seconds": 30}}}}
+    with dg.DagsterInstance.ephemeral() as instance:
+        with pytest.raises(dg.Failure, match="holds data of another program"):
+            build_defs().get_job_def("collect_aggregates").execute_in_process(run_config=config, instance=instance)
+        assert not materialize(instance, ["reference_bars"], day, fails=True).success
+    assert {key: lake.get(key) for key in lake.keys("")} == before
 
 
 # Which sessions are played

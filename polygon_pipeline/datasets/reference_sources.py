@@ -59,8 +59,8 @@ class Sources:
 
 class FetchedDay(NamedTuple):
     """A day of the reference. file: local, until the next day is asked for. is_new: whether it says something else than
-    the lake's file, or the lake has none: then it is to be stored. refused: the tickers that were asked for and refused,
-    each with the reason."""
+    the lake's file, or the lake has none: then it is to be stored. refused: the tickers that the vendor refused, each
+    with the reason."""
 
     day: date
     file: Path

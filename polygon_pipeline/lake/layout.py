@@ -31,6 +31,10 @@ _LEDGER = re.compile(r"ledger/[^/]+/\d{8}T\d{6}Z-[\w.-]+\.json", re.ASCII)
 _RAW = {Channel.MINUTE: "raw-data", Channel.SECOND: "raw-data-second"}
 
 
+# Where data is: everything but the lake's own marks.
+DATA_ROOTS = (*(f"{name}/" for name in _RAW.values()), "raw-frames/", "quarantine/", "ledger/", "datasets/")
+
+
 def raw_root(channel: Channel) -> str:
     return f"{_RAW[channel]}/"
 

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 import obstore
 from obstore.exceptions import (
+    AlreadyExistsError,
     BaseError,
     GenericError,
     InvalidPathError,
@@ -170,27 +171,60 @@ class Lake:
         asyncio.run(for_each(keys, fetch))
 
     def claim(self, feed: str) -> None:
-        """Says which feed fills this lake ("polygon" or "simulated"), and proves that it can be read and written.
+        """Says which feed fills this lake ("polygon" or "simulated"), once and for all, and proves that it can be read.
 
-        Raises LakeError where another feed's data is kept here, where the lake's format is newer than this program
-        knows, or where the store refuses the credentials.
+        A lake that another program fills has data and says nothing; real data may be added to it, simulated never.
+        Raises LakeError where another feed's data is kept here, where that is not known, where the lake's format is
+        newer than this program knows, or where the store refuses the credentials.
         """
         try:
             content = self.get(layout.FEED_KEY)
-            found = None if content is None else _decode_claim(content)
-            if content is not None and (found is None or found.feed != feed):
-                raise LakeError(
-                    f"{self.uri} holds another feed's data ({content.decode(errors='replace')}), and this collector's "
-                    f"is {feed}. Simulated and real data are never mixed: point LAKE_URI at another place."
-                )
-            if found and found.format > layout.FORMAT:
-                raise LakeError(
-                    f"{self.uri} has format {found.format}, and this program knows formats up to {layout.FORMAT}. "
-                    "Install a newer version of polygon_pipeline."
-                )
-            self.put(layout.FEED_KEY, msgspec.json.encode(_Claim(feed, layout.FORMAT)))
+            if content is None:
+                content = self._claim_first(feed)
         except STORE_ERRORS as error:
             raise permanent_error(error, self.uri) or error from error
+        found = _decode_claim(content)
+        if found is None:
+            raise LakeError(
+                f"{self.url(layout.FEED_KEY)} says which feed fills the lake, and cannot be read. Nothing was changed. "
+                f"Look at what the lake holds, and replace that object by {_encode_claim('polygon').decode()} if it is "
+                f"real data, or by {_encode_claim('simulated').decode()} if it is simulated."
+            )
+        if found.feed != feed:
+            raise LakeError(
+                f"{self.uri} holds another feed's data ({found.feed}), and this collector's is {feed}. Simulated and "
+                "real data are never mixed: point LAKE_URI at another place."
+            )
+        if found.format > layout.FORMAT:
+            raise LakeError(
+                f"{self.uri} has format {found.format}, and this program knows formats up to {layout.FORMAT}. "
+                "Install a newer version of polygon_pipeline."
+            )
+
+    def _claim_first(self, feed: str) -> bytes:
+        """Writes the claim where there is none; returns the one that is there then, whoever was first."""
+        if feed == "simulated" and (held := self._first_data()):
+            raise LakeError(
+                f"{self.uri} holds data of another program ({held}), and this collector's is simulated. Simulated and "
+                "real data are never mixed: point LAKE_URI at another place."
+            )
+        content = _encode_claim(feed)
+        try:
+            obstore.put(self.store, layout.FEED_KEY, content, mode="create")
+        except AlreadyExistsError:
+            return self.get(layout.FEED_KEY) or b""
+        if not self.is_s3:
+            self.sync([layout.FEED_KEY])
+        return content
+
+    def _first_data(self) -> str | None:
+        """The key of some data that the lake holds, or None; folders' markers are none."""
+        for root in layout.DATA_ROOTS:
+            for page in self.pages(root):
+                for meta in page:
+                    if meta["size"]:
+                        return meta["path"]
+        return None
 
 
 def permanent_error(error: BaseException, uri: str) -> LakeError | None:
@@ -326,10 +360,14 @@ def _meta(key: str, size: int, last_modified: datetime) -> ObjectMeta:
     return {"path": key, "last_modified": last_modified, "size": size, "e_tag": None, "version": None}
 
 
+def _encode_claim(feed: str) -> bytes:
+    return msgspec.json.encode(_Claim(feed, layout.FORMAT))
+
+
 def _decode_claim(content: bytes) -> _Claim | None:
     try:
         return msgspec.json.decode(content, type=_Claim)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import boto3
+import obstore
 import pytest
 from obstore.exceptions import GenericError
 
@@ -255,4 +257,59 @@ def test_a_lake_of_a_newer_format_is_refused_and_left_as_it_is(file_lake: Lake) 
 def test_a_lake_from_before_formats_had_a_number_has_the_first(file_lake: Lake) -> None:
     file_lake.put(layout.FEED_KEY, b'{"feed":"polygon"}')
     file_lake.claim("polygon")
-    assert file_lake.get(layout.FEED_KEY) == b'{"feed":"polygon","format":1}'
+    assert file_lake.get(layout.FEED_KEY) == b'{"feed":"polygon"}'
+    with pytest.raises(LakeError, match="never mixed"):
+        file_lake.claim("simulated")
+
+
+def test_a_claim_that_was_made_is_not_written_again(lake: Lake) -> None:
+    lake.claim("polygon")
+    before = lake.store.head(layout.FEED_KEY)
+    lake.claim("polygon")
+    assert lake.store.head(layout.FEED_KEY) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1}', b"\x00" * 20, b"[" * 100_000])
+@pytest.mark.parametrize("feed", ["polygon", "simulated"])
+def test_a_claim_that_cannot_be_read_is_left_and_the_error_says_how_to_mend_it(
+    file_lake: Lake, content: bytes, feed: str
+) -> None:
+    file_lake.put(layout.FEED_KEY, content)
+    with pytest.raises(LakeError) as refused:
+        file_lake.claim(feed)
+    text = str(refused.value)
+    assert file_lake.url(layout.FEED_KEY) in text
+    assert '{"feed":"polygon","format":1} if it is real data' in text
+    assert '{"feed":"simulated","format":1} if it is simulated' in text
+    assert file_lake.get(layout.FEED_KEY) == content
+
+
+@pytest.mark.parametrize("root", layout.DATA_ROOTS)
+def test_a_simulated_feed_never_claims_a_lake_with_data_and_no_claim(lake: Lake, root: str) -> None:
+    lake.put(f"{root}2026-01-26/SPY/x.json", b"{}")
+    with pytest.raises(LakeError, match=r"holds data of another program \(.*x\.json\)"):
+        lake.claim("simulated")
+    assert lake.get(layout.FEED_KEY) is None
+    lake.claim("polygon")
+
+
+def test_an_empty_lake_with_folder_markers_and_other_things_can_be_claimed(lake: Lake) -> None:
+    lake.put("raw-data/marker", b"")
+    lake.put("logs/today.txt", b"something")
+    lake.claim("simulated")
+
+
+@pytest.mark.slow
+def test_of_two_feeds_that_claim_a_lake_at_once_one_is_refused(s3_lake: Lake) -> None:
+    """Between its look and its claim, the other one claims."""
+    put = obstore.put
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        put(s3_lake.store, layout.FEED_KEY, b'{"feed":"polygon","format":1}')
+        return put(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(obstore, "put", late)
+        with pytest.raises(LakeError, match="never mixed"):
+            s3_lake.claim("simulated")
+    assert s3_lake.get(layout.FEED_KEY) == b'{"feed":"polygon","format":1}'
