@@ -18,10 +18,9 @@ from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 
 
 def build_defs(project: Project | None = None, resources: Mapping[str, object] | None = None) -> dg.Definitions:
-    """The project's definitions. project: by the environment. resources: replacements, by key (polygon, lake, s3)."""
+    """The project's definitions. project: by the environment. resources: replacements and more, by key."""
     project = project or Project.from_environment()
-    s3 = S3Resource()
-    lake = LakeResource(s3=s3)
+    chosen = {"polygon": PolygonResource(), "lake": LakeResource(s3=S3Resource()), **(resources or {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.PreviewWarning)  # the loader is one in 1.13; the pins hold its version
         return dg.Definitions.merge(
@@ -29,13 +28,7 @@ def build_defs(project: Project | None = None, resources: Mapping[str, object] |
             dg.Definitions(
                 assets=dataset_assets(project),
                 jobs=_jobs(project),
-                resources={
-                    "s3": s3,
-                    "lake": lake,
-                    "polygon": PolygonResource(),
-                    "parquet": ParquetIOManager(lake=lake),
-                    **(resources or {}),
-                },
+                resources={"parquet": ParquetIOManager(lake=chosen["lake"]), **chosen},
                 # A step in a process of its own would import everything again, some 2 s each.
                 executor=dg.in_process_executor,
             ),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 
 import dagster as dg
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 
 from polygon_pipeline import demo
 from polygon_pipeline.collector import launching
@@ -52,7 +52,7 @@ _ORPHANED = "orphaned: no Dagster process manages this run any more"
 Ending = Callable[[], str | None]
 
 
-class CollectConfig(dg.Config):
+class CollectConfig(BaseModel):
     """What to collect; whatever is not set comes from the environment."""
 
     tickers: list[str] | None = Field(default=None, description="Symbols, or * for the whole market (POLYGON_TICKERS)")
@@ -70,12 +70,26 @@ class CollectConfig(dg.Config):
     )
 
 
-@dg.op(pool="collector")
-def collect_aggregates(
-    context: dg.OpExecutionContext, config: CollectConfig, polygon: PolygonResource, lake: LakeResource
-) -> None:
+# Written out, because a text of a dg.Config may also be {"env": NAME} at launch: the run would show that variable.
+_CONFIG_SCHEMA = {
+    name: dg.Field(dg.Noneable(kind), is_required=False, description=CollectConfig.model_fields[name].description)
+    for name, kind in {
+        "tickers": [str],
+        "channels": [str],
+        "session_date": str,
+        "stop_after_seconds": float,
+        "write_objects": bool,
+        "write_frames": bool,
+        "checkpoint_seconds": float,
+    }.items()
+}
+
+
+@dg.op(pool="collector", config_schema=_CONFIG_SCHEMA)
+def collect_aggregates(context: dg.OpExecutionContext, polygon: PolygonResource, lake: LakeResource) -> None:
     """Collects aggregates into the lake until the session, or `stop_after_seconds`, is over."""
-    with _permanent(context, ConfigurationError, LakeError, StreamRefused), StopRequest() as stop:
+    with _permanent(context, ValidationError, ConfigurationError, LakeError, StreamRefused), StopRequest() as stop:
+        config = CollectConfig(**{name: value for name, value in context.op_config.items() if value is not None})
         wanted = _settings(polygon, config)
         day = _session_date(config, wanted)
         context.instance.add_run_tags(context.run_id, {SESSION_DATE_TAG: day.isoformat(), FEED_TAG: wanted.feed})

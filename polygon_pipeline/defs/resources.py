@@ -1,6 +1,9 @@
-"""The resources: Polygon and the lake. They hold configuration and build clients when asked, never at import.
+"""The resources: Polygon and the lake. They build clients from the environment when asked, never at import.
 
-Belongs here: what Dagster configures, on top of the environment. Does not belong here: checking it (settings).
+Belongs here: clients and scratch space for whatever runs. Does not belong here: checking the environment (settings).
+
+They have no configuration: whoever reaches the web server chooses a launch's, and could send the key or the bars to a
+server of his own. Where they lead, the environment alone says.
 """
 
 import os
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster_aws.s3 import S3Resource
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from polygon_pipeline import demo, settings
 from polygon_pipeline.datasets.reference_sources import Sources
@@ -26,25 +29,16 @@ if TYPE_CHECKING:
 
 
 class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
-    """The vendor's feed. Whatever is not set here comes from the environment (the variable each field names)."""
-
-    websocket_url: str | None = Field(default=None, description="POLYGON_WEBSOCKET_URL")
-    rest_url: str | None = Field(default=None, description="POLYGON_REST_URL")
-    tickers: str | None = Field(default=None, description="POLYGON_TICKERS: comma-separated, * for the whole market")
-    channels: str | None = Field(default=None, description="POLYGON_CHANNELS: AM, A or AM,A")
+    """The vendor's feed, as the environment says."""
 
     def settings(self, tickers: str | None = None, channels: str | None = None) -> settings.Settings:
-        """What is set here or else in the environment; the arguments win over both.
+        """The environment's; the arguments win over POLYGON_TICKERS and POLYGON_CHANNELS.
 
-        Raises settings.ConfigurationError. The API key is read from POLYGON_API_KEY alone, and never shown.
+        Raises settings.ConfigurationError.
         """
-        overrides = {
-            "POLYGON_WEBSOCKET_URL": self.websocket_url,
-            "POLYGON_REST_URL": self.rest_url,
-            "POLYGON_TICKERS": self.tickers if tickers is None else tickers,
-            "POLYGON_CHANNELS": self.channels if channels is None else channels,
-        }
-        return settings.load(_environment(overrides))
+        overrides = {"POLYGON_TICKERS": tickers, "POLYGON_CHANNELS": channels}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return settings.load(demo.with_defaults({**os.environ, **given}))
 
     @contextmanager
     def history(self) -> Iterator[Sources]:
@@ -63,12 +57,6 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
                 requests_per_second=limit.per_second,
                 staging=wanted.journal_dir / ".history",
             )
-
-
-def _environment(overrides: dict[str, str | None]) -> dict[str, str]:
-    """The environment, with what a resource is configured with and with the demo's defaults."""
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return demo.with_defaults({**os.environ, **given})
 
 
 @contextmanager
@@ -90,10 +78,10 @@ def _flat_files(wanted: settings.Settings) -> "ObjectStore | None":
 
 
 class LakeResource(dg.ConfigurableResource["LakeResource"]):
-    """Where everything is kept. Region, endpoint, profile and keys of an `s3://` lake are the S3Resource's."""
+    """Where everything is kept: LAKE_URI. Region, endpoint, profile and keys of an `s3://` lake are the S3Resource's,
+    which code may set and a launch may not: it must be no resource of the definitions besides."""
 
     s3: S3Resource
-    uri: str | None = Field(default=None, description="LAKE_URI: s3://bucket/prefix or file:///path")
     _scratch: Path = PrivateAttr()
 
     @contextmanager
@@ -108,7 +96,7 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
 
     def open(self) -> Lake:
         """Raises LakeError or settings.ConfigurationError for a lake that cannot be as it is configured."""
-        return open_lake(settings.lake_uri(_environment({"LAKE_URI": self.uri})), self._s3_access)
+        return open_lake(settings.lake_uri(demo.with_defaults(os.environ)), self._s3_access)
 
     def _s3_access(self) -> S3Access:
         import boto3

@@ -32,17 +32,15 @@ DAYS = calendar.completed_sessions(datetime(2026, 2, 1, tzinfo=UTC), 6)
 class Ticks:
     """The sensor's ticks against one instance; only the cursor and what was reported go from one to the next."""
 
-    def __init__(self, instance: dg.DagsterInstance, resource: LakeResource) -> None:
+    def __init__(self, instance: dg.DagsterInstance) -> None:
         self.instance = instance
-        self.resource = resource
         self.cursor: str | None = None
         self.said = ""
 
     def next(self) -> list[str]:
         """The days that this tick reports."""
-        with dg.build_sensor_context(
-            instance=self.instance, cursor=self.cursor, resources={"lake": self.resource}
-        ) as context:
+        lake = LakeResource(s3=S3Resource())
+        with dg.build_sensor_context(instance=self.instance, cursor=self.cursor, resources={"lake": lake}) as context:
             result = external.external_raw_data_sensor(context)
         assert isinstance(result, dg.SensorResult)
         self.cursor = result.cursor
@@ -57,16 +55,13 @@ def ticks(lake: Lake, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     monkeypatch.setattr(external_data, "QUIET", timedelta(0))
     monkeypatch.setenv("POLYGON_API_KEY", "simulator")
     monkeypatch.setenv("POLYGON_HISTORY_START", "2025-01-01")
-    s3 = S3Resource()
+    monkeypatch.setenv("LAKE_URI", lake.uri)
     if lake.is_s3:
         server: SeaweedFS = request.getfixturevalue("seaweedfs")
-        s3 = S3Resource(
-            endpoint_url=server.endpoint_url,
-            aws_access_key_id=server.access_key,
-            aws_secret_access_key=server.secret_key,
-        )
+        for name, value in server.address.environment().items():
+            monkeypatch.setenv(name, value)
     with dg.DagsterInstance.ephemeral() as instance:
-        yield Ticks(instance, LakeResource(s3=s3, uri=lake.uri))
+        yield Ticks(instance)
 
 
 def put_ledger(lake: Lake, day: date, run: str, objects: int) -> None:
@@ -152,7 +147,7 @@ def test_a_lake_that_cannot_be_read_is_reported_and_the_cursor_is_kept(
     put_raw_bars(lake, DAYS[0])
     ticks.next()
     cursor = ticks.cursor
-    ticks.resource = LakeResource(s3=ticks.resource.s3, uri="s3://no-such-bucket/lake")
+    monkeypatch.setenv("LAKE_URI", "s3://no-such-bucket/lake")
     assert ticks.next() == []
     assert "cannot be read" in ticks.said
     monkeypatch.delenv("POLYGON_API_KEY")

@@ -49,8 +49,13 @@ def empty() -> pa.Table:
     return _TABLE.slice(0, 0)
 
 
-def _materialize(tmp_path: Path, *assets: dg.AssetsDefinition, day: str | None = _DAY) -> dg.ExecuteInProcessResult:
-    lake = LakeResource(s3=S3Resource(), uri=tmp_path.as_uri())
+@pytest.fixture(autouse=True)
+def lake_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAKE_URI", tmp_path.as_uri())
+
+
+def _materialize(*assets: dg.AssetsDefinition, day: str | None = _DAY) -> dg.ExecuteInProcessResult:
+    lake = LakeResource(s3=S3Resource())
     resources = {"lake": lake, "parquet": ParquetIOManager(lake=lake)}
     return dg.materialize(list(assets), resources=resources, partition_key=day)
 
@@ -59,13 +64,13 @@ def _materialize(tmp_path: Path, *assets: dg.AssetsDefinition, day: str | None =
 def test_tables_frames_and_files_are_stored_as_one_parquet_file_per_day(
     tmp_path: Path, made: dg.AssetsDefinition
 ) -> None:
-    _materialize(tmp_path, made)
+    _materialize(made)
     name = made.key.to_user_string()
     stored = pq.read_table(tmp_path / "datasets" / name / f"date={_DAY}" / "data.parquet", partitioning=None)
     assert stored.to_pylist() == _TABLE.to_pylist()
 
 
-def test_an_input_has_the_type_of_its_annotation(tmp_path: Path) -> None:
+def test_an_input_has_the_type_of_its_annotation() -> None:
     seen: dict[str, object] = {}
 
     @dg.asset(partitions_def=TRADING_DAYS)
@@ -80,13 +85,13 @@ def test_an_input_has_the_type_of_its_annotation(tmp_path: Path) -> None:
     def reads_a_file(as_table: Path) -> None:
         seen["file"] = pq.read_table(as_table, partitioning=None)
 
-    _materialize(tmp_path, as_table, reads_a_table, reads_a_frame, reads_a_file)
+    _materialize(as_table, reads_a_table, reads_a_frame, reads_a_file)
     assert seen["table"].to_pylist() == _TABLE.to_pylist()  # type: ignore[attr-defined]
     assert seen["frame"]["close"].tolist() == [1.5, 2.5]  # type: ignore[index]
     assert seen["file"].num_rows == 2  # type: ignore[attr-defined]
 
 
-def test_several_days_come_as_a_dict_by_day(tmp_path: Path) -> None:
+def test_several_days_come_as_a_dict_by_day() -> None:
     seen: dict[str, pa.Table] = {}
 
     @dg.asset(
@@ -95,9 +100,9 @@ def test_several_days_come_as_a_dict_by_day(tmp_path: Path) -> None:
     def reads_days(as_table: dict[str, pa.Table]) -> None:
         seen.update(as_table)
 
-    _materialize(tmp_path, as_table, day="2026-11-19")
-    _materialize(tmp_path, as_table, day=_DAY)
-    lake = LakeResource(s3=S3Resource(), uri=tmp_path.as_uri())
+    _materialize(as_table, day="2026-11-19")
+    _materialize(as_table, day=_DAY)
+    lake = LakeResource(s3=S3Resource())
     dg.materialize(
         [as_table, reads_days],
         selection=[reads_days],
@@ -109,16 +114,16 @@ def test_several_days_come_as_a_dict_by_day(tmp_path: Path) -> None:
 
 def test_an_empty_day_is_a_failure_and_never_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(dg.Failure, match=f"empty of {_DAY} would be empty"):
-        _materialize(tmp_path, empty)
+        _materialize(empty)
     assert not list(tmp_path.rglob("*.parquet"))
 
 
-def test_a_day_that_was_never_made_is_named(tmp_path: Path) -> None:
+def test_a_day_that_was_never_made_is_named() -> None:
     @dg.asset(partitions_def=TRADING_DAYS)
     def reads_a_table(as_table: pa.Table) -> None:
         raise AssertionError("there was nothing to read")
 
-    lake = LakeResource(s3=S3Resource(), uri=tmp_path.as_uri())
+    lake = LakeResource(s3=S3Resource())
     result = dg.materialize(
         [as_table, reads_a_table],
         selection=[reads_a_table],
@@ -131,7 +136,7 @@ def test_a_day_that_was_never_made_is_named(tmp_path: Path) -> None:
 
 
 def test_every_materialization_describes_its_content(tmp_path: Path) -> None:
-    result = _materialize(tmp_path, as_table)
+    result = _materialize(as_table)
     metadata = result.asset_materializations_for_node("as_table")[0].metadata
     assert metadata["dagster/row_count"].value == 2
     assert metadata["tickers"].value == 2

@@ -105,7 +105,7 @@ def test_a_day_that_is_not_published_is_skipped(lake_of_history: Lake, monkeypat
 def _sense(instance: dg.DagsterInstance) -> dg.SensorResult | dg.SkipReason:
     resources = build_defs().resources or {}
     with dg.build_sensor_context(
-        instance=instance, resources={name: resources[name] for name in ("polygon", "lake", "s3")}
+        instance=instance, resources={name: resources[name] for name in ("polygon", "lake")}
     ) as context:
         result = repair_sensor(context)
     assert isinstance(result, dg.SensorResult | dg.SkipReason)
