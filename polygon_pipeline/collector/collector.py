@@ -62,6 +62,9 @@ _LINGER_SECONDS = 0.2
 
 _POLL_SECONDS = 0.5
 
+# The stream ends within 12 s of a stop, unless the system's resolver of names hangs: then the run ends without it.
+_STREAM_END_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -202,7 +205,7 @@ class _Run:
             reason, failure = f"failed: {brief(error)}", error
         self._stop_stream.set()
         if receiving:
-            receiving.join()
+            receiving.join(_STREAM_END_SECONDS)
         self._drain(reason, publishing, received=receiving is not None)
         if failure is None and not self._failures.empty():  # while it ended
             failure = self._failures.get()

@@ -1,6 +1,7 @@
-"""What can go wrong when the vendor's history is asked for, over REST and as flat files alike.
+"""What can go wrong when the vendor's history is asked for, over REST and as flat files alike, and how it is told.
 
-Belongs here: the outcomes that callers act on differently. Does not belong here: when each of them is meant.
+Belongs here: the outcomes that callers act on differently, and the vendor's words without the key. Does not
+belong here: when each of them is meant.
 """
 
 from __future__ import annotations
@@ -26,3 +27,8 @@ class NotYetPublished(Exception):
     def __init__(self, message: str, next_try: datetime | None = None) -> None:
         super().__init__(message)
         self.next_try = next_try
+
+
+def without_key(text: str, key: str, limit: int | None = None) -> str:
+    """A text that the vendor may have put the key into. limit: the characters to keep, counted without the key."""
+    return text.replace(key, "…")[:limit]

@@ -25,7 +25,13 @@ import urllib3
 from tenacity.wait import wait_base
 
 from polygon_pipeline.market.bars import Price, Shares, ticker_error
-from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished, RequestRefused
+from polygon_pipeline.polygon.errors import (
+    HistoryRefused,
+    HistoryUnavailable,
+    NotYetPublished,
+    RequestRefused,
+    without_key,
+)
 from polygon_pipeline.polygon.rate_limit import RateLimit
 
 T = TypeVar("T")
@@ -44,6 +50,8 @@ _LARGEST_ANSWER = 64 * 1024 * 1024
 _REFUSALS = 20
 # A server that wants longer is asked again by a later run.
 _LONGEST_RETRY_AFTER = 300.0
+# Of an answer that is quoted: more than is shown, so that the key is found before it is cut.
+_SHOWN_BYTES = 4096
 
 
 # What a column can hold.
@@ -273,7 +281,7 @@ class RestHistory:
                 answer.results = msgspec.Raw(b"[]")
             decoded = decode(bytes(answer.results))
         except (ValueError, RecursionError) as error:
-            start = self._safe(body[:200].decode(errors="replace"))
+            start = self._safe(body[:_SHOWN_BYTES].decode(errors="replace"), 200)
             raise HistoryUnavailable(
                 f"{name} answered with what cannot be read ({error}). It begins: {start}"
             ) from None
@@ -319,14 +327,14 @@ class RestHistory:
 
     def _reason(self, body: bytes) -> str:
         """What the vendor says of a refusal; 429 says nothing at all."""
-        reason = body[:300].decode(errors="replace")
+        reason = body[:_SHOWN_BYTES].decode(errors="replace")
         with suppress(ValueError, RecursionError):
             error_body = msgspec.json.decode(body, type=_ErrorBody)
             reason = error_body.message or error_body.error or reason
-        return self._safe(reason) or "no reason given"
+        return self._safe(reason, 300) or "no reason given"
 
-    def _safe(self, text: str) -> str:
-        return text.replace(self._key, "…")
+    def _safe(self, text: str, limit: int | None = None) -> str:
+        return without_key(text, self._key, limit)
 
 
 def seconds_left(done: int, total: int, elapsed: float, per_second: float) -> float:

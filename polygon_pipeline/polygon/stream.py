@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import socket as sockets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +23,15 @@ import msgspec
 import websocket
 
 from polygon_pipeline.polygon import frame_buffer
+from polygon_pipeline.polygon.errors import without_key
 from polygon_pipeline.polygon.messages import Status, decode_statuses
 
 # Others ping every 20-25 s; a server that answers nothing for 30 s is gone, whatever the socket says.
 PING_SECONDS = 20.0
 SILENCE_SECONDS = 30.0
-# From connecting to the last acknowledgement. Thousands of tickers are acknowledged within a second or two.
+# From connecting to the open socket, however slowly the server's answer comes.
+CONNECT_SECONDS = 10.0
+# From the open socket to the last acknowledgement. Thousands of tickers are acknowledged within a second or two.
 HANDSHAKE_SECONDS = 20.0
 # How long the server may take to answer our close frame.
 CLOSE_SECONDS = 1.0
@@ -164,7 +168,6 @@ class Stream:
             connection = _Connection(unacknowledged=set(self._topics))
             try:
                 self._serve(connection)
-                cause = "stopped"
             except _Disconnected as ended:
                 cause = str(ended)
             except StreamRefused as refusal:
@@ -185,21 +188,16 @@ class Stream:
         with self._socket(connection) as socket:
             connection.opened = connection.last_heard = connection.pinged = time.monotonic()
             self._report(ConnectionEvent(EventKind.CONNECTED, "the socket is open"))
-            while not self._stop.is_set():
+            while True:
                 for status in self._receive(socket, connection):
                     self._handle_status(status, socket, connection)
-                if time.monotonic() - connection.checked > _CHECK_SECONDS:
-                    self._check_deadlines(socket, connection)
 
     @contextlib.contextmanager
     def _socket(self, connection: _Connection) -> Iterator[websocket.WebSocket]:
         socket = websocket.WebSocket(skip_utf8_validation=True)  # in pure Python it costs 10 ms a frame
         try:
-            frame_buffer.install(socket, lambda: self._before_receiving(connection))
-            try:
-                socket.connect(self._url, timeout=10)
-            except _SOCKET_ERRORS as error:
-                raise _Disconnected(f"could not connect to {self._url}: {error}") from error
+            self._connect(socket)
+            frame_buffer.install(socket, lambda: self._before_receiving(socket, connection))
             socket.settimeout(1)  # so that stop, pings and deadlines are looked at every second
             yield socket
         finally:
@@ -221,18 +219,55 @@ class Stream:
             while connection.readable:
                 self._receive(socket, connection)
 
-    def _before_receiving(self, connection: _Connection) -> None:
+    def _connect(self, socket: websocket.WebSocket) -> None:
+        """Opens the socket. The library reads the server's answer byte by byte for as long as bytes come, so another
+        thread ends it."""
+        done, deadline = threading.Event(), time.monotonic() + CONNECT_SECONDS
+
+        def watch() -> None:
+            while not done.wait(0.2):
+                if socket.sock and (self._stop.is_set() or time.monotonic() > deadline):
+                    with contextlib.suppress(OSError):
+                        socket.sock.shutdown(sockets.SHUT_RDWR)
+
+        watching = threading.Thread(target=watch, name="connecting", daemon=True)
+        watching.start()
+        try:
+            # The key goes where the configuration says, and nowhere that an answer says.
+            socket.connect(self._url, timeout=CONNECT_SECONDS, redirect_limit=0)
+        except _SOCKET_ERRORS as error:
+            reason = f"no answer within {CONNECT_SECONDS:.0f} s" if time.monotonic() > deadline else str(error)
+            if answer := socket.handshake_response:  # it is kept of a redirect alone
+                reason = (
+                    f"it answers {answer.status} and leads to {answer.headers.get('location')!r}, which the API key is "
+                    "not sent to. If that is the vendor's, set POLYGON_WEBSOCKET_URL to it"
+                )
+            raise _Disconnected(f"could not connect to {self._url}: {self._safe(reason)[:500]}") from error
+        finally:
+            done.set()
+            watching.join()
+
+    def _before_receiving(self, socket: websocket.WebSocket, connection: _Connection) -> None:
+        """Before every wait for the server, in the middle of a message too: what was received is passed on, and the
+        connection ends where it is not wanted any more or a deadline is over."""
         self._deliver()
-        if connection.closing is not None and time.monotonic() - connection.closing > CLOSE_SECONDS:
-            raise _Disconnected("the server did not close the connection")
+        now = time.monotonic()
+        if connection.closing is not None:
+            if now - connection.closing > CLOSE_SECONDS:
+                raise _Disconnected("the server did not close the connection")
+        elif self._stop.is_set():
+            raise _Disconnected("stopped")
+        elif now - connection.checked > _CHECK_SECONDS:
+            self._check_deadlines(socket, connection)
 
     def _receive(self, socket: websocket.WebSocket, connection: _Connection) -> Sequence[Status]:
         """Waits a second at most for a message, hands on a frame, and returns its statuses."""
         try:
             opcode, data = socket.recv_data(control_frame=True)
-        except websocket.WebSocketTimeoutException:
+        except websocket.WebSocketTimeoutException:  # of the answer to a ping, too
+            self._before_receiving(socket, connection)
             return ()
-        except frame_buffer.FrameTooLarge as error:
+        except frame_buffer.MessageRefused as error:
             connection.readable = False
             raise _Disconnected(str(error)) from error
         except _SOCKET_ERRORS as error:
@@ -252,6 +287,7 @@ class Stream:
         return ()
 
     def _handle_status(self, status: Status, socket: websocket.WebSocket, connection: _Connection) -> None:
+        status = Status(self._safe(status.status), self._safe(status.message))
         match status.status:
             case "connected":
                 _send(socket, "auth", self._key)
@@ -300,13 +336,16 @@ class Stream:
 
     def _report(self, event: ConnectionEvent) -> None:
         self._deliver()
-        self._on_event(event)
+        self._on_event(msgspec.structs.replace(event, detail=self._safe(event.detail)))
+
+    def _safe(self, text: str) -> str:
+        return without_key(text, self._key)
 
     def _check_deadlines(self, socket: websocket.WebSocket, connection: _Connection) -> None:
         """Pings, and ends a connection that is dead or whose handshake takes too long."""
         connection.checked = now = time.monotonic()
         if now - connection.last_heard > SILENCE_SECONDS:
-            raise _Disconnected(f"the server sent nothing and answered no ping for {SILENCE_SECONDS:.0f} s")
+            raise _Disconnected(f"the server sent no whole message and answered no ping for {SILENCE_SECONDS:.0f} s")
         if now - connection.pinged > PING_SECONDS:
             connection.pinged = now
             try:

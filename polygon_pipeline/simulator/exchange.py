@@ -447,6 +447,12 @@ class Exchange:
             case FaultType.HUGE_FRAME:
                 self._unregister(connection)
                 fault_actions.announce_huge_frame(connection.socket)
+            case FaultType.HUGE_MESSAGE:
+                self._unregister(connection)
+                fault_actions.begin_huge_message(connection.socket)
+            case FaultType.DRIP:
+                self._unregister(connection)
+                fault_actions.drip(connection.socket, self._loop)
             case FaultType.STALL | FaultType.SILENCE:
                 # An unregistered connection is sent nothing; with speed 0, the feed pauses until there is a subscriber.
                 self._unregister(connection)

@@ -30,6 +30,8 @@ from websockets.frames import Opcode
 T = TypeVar("T")
 
 _HUGE_BYTES = 64 * 2**20  # far more than any client should accept
+_HUGE_MESSAGE_FRAMES = 12
+_DRIP_SECONDS = 0.1
 _NESTING_DEPTH = 100_000  # brackets; a recursive parser fails long before
 
 
@@ -48,6 +50,8 @@ class FaultType(StrEnum):
     STALL = "stall"  # half-open: not even pings are answered
     SILENCE = "silence"  # pings are answered
     HUGE_FRAME = "huge_frame"  # the header of a 64 MiB frame is sent, and the rest never is
+    HUGE_MESSAGE = "huge_message"  # 12 MiB of one message are sent in frames of 1 MiB, and its end never is
+    DRIP = "drip"  # a frame is sent byte by byte, ten a second
     # The frame is corrupted, or additional frames are sent with it.
     LATE = "late"  # earlier aggregates are sent again, some of which have been revised since
     DUPLICATE = "duplicate"  # the whole frame is sent twice
@@ -257,6 +261,27 @@ def send_truncated(socket: ServerConnection, payload: bytes) -> None:
 def announce_huge_frame(socket: ServerConnection) -> None:
     """Send the header of a huge frame and one byte of its payload."""
     socket.transport.write(struct.pack("!BBQ", 0x80 | Opcode.TEXT, 127, _HUGE_BYTES) + b"[")
+
+
+def begin_huge_message(socket: ServerConnection) -> None:
+    """Send frames of one message, without its last one."""
+    for number in range(_HUGE_MESSAGE_FRAMES):
+        opcode = Opcode.CONT if number else Opcode.TEXT
+        socket.transport.write(WireFrame(opcode, b" " * 2**20, fin=False).serialize(mask=False))
+
+
+def drip(socket: ServerConnection, loop: asyncio.AbstractEventLoop) -> None:
+    """Send the header of a frame, and then a byte of it now and then until the client disconnects."""
+    transport = socket.transport
+    discard_writes(socket)
+    transport.write(struct.pack("!BBH", 0x80 | Opcode.TEXT, 126, 0xFFFF))
+
+    def next_byte() -> None:
+        if not transport.is_closing():
+            transport.write(b" ")
+            loop.call_later(_DRIP_SECONDS, next_byte)
+
+    next_byte()
 
 
 def discard_writes(socket: ServerConnection) -> None:

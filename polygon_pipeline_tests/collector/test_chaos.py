@@ -52,10 +52,12 @@ CAUSES = {
     FaultType.MAX_CONNECTIONS: "the server said max_connections",
     FaultType.STALL: "answered no ping",
     FaultType.SILENCE: "no bar came",
-    FaultType.HUGE_FRAME: "announced a frame of 67108864 bytes",
+    FaultType.HUGE_FRAME: "announced a message of 67108864 bytes",
+    FaultType.HUGE_MESSAGE: "announced a message of 9437184 bytes",
+    FaultType.DRIP: "sent no whole message",
 }
 # These take the client seconds to notice, so each comes once; the others at random as well.
-SLOW = (FaultType.STALL, FaultType.SILENCE)
+SLOW = (FaultType.STALL, FaultType.SILENCE, FaultType.DRIP)
 RANDOM = sorted(set(FaultType) - AT_AUTHENTICATION - {*SLOW})
 
 

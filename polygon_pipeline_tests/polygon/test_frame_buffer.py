@@ -10,7 +10,7 @@ import pytest
 import websocket
 
 from polygon_pipeline.polygon import frame_buffer
-from polygon_pipeline.polygon.frame_buffer import FrameTooLarge, UnsupportedLibrary, install, verify
+from polygon_pipeline.polygon.frame_buffer import MessageRefused, UnsupportedLibrary, install, verify
 
 
 class FakeBuffer:
@@ -68,7 +68,8 @@ class RecvUnused(FakeBuffer):
 
 
 def announced_length(buffer: Any) -> int:
-    _, length = buffer.recv(2)
+    first, length = buffer.recv(2)
+    buffer.header = (first >> 7, 0, 0, 0, first & 15, 0, length)
     return int.from_bytes(buffer.recv(8)) if length == 127 else int(length)
 
 
@@ -107,7 +108,7 @@ def test_another_library_is_refused_with_the_version_to_install(
 
 def received(content: bytes, pieces: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[bytes], list[int], int]:
     """The two frames in the content, the sizes that the system was asked for, and how often it was announced."""
-    monkeypatch.setattr(frame_buffer, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(frame_buffer, "MAX_MESSAGE_BYTES", 1000)
     socket = websocket.WebSocket(skip_utf8_validation=True)
     size = -(-len(content) // pieces)
     waiting = [content[start : start + size] for start in range(0, len(content), size)]
@@ -137,5 +138,13 @@ def test_a_frame_is_refused_by_the_length_it_announces(monkeypatch: pytest.Monke
     whole = b"\x82\x7e" + (1000).to_bytes(2) + bytes(1000)
     frames, _, _ = received(whole + b"\x82\x00", 1, monkeypatch)
     assert [len(frame) for frame in frames] == [1000, 0]
-    with pytest.raises(FrameTooLarge, match="1001 bytes, above 1000"):
+    with pytest.raises(MessageRefused, match="1001 bytes, above 1000"):
         received(b"\x82\x7e" + (1001).to_bytes(2), 1, monkeypatch)
+
+
+def test_a_message_is_refused_by_what_its_frames_announce_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = b"\x7e" + (500).to_bytes(2) + bytes(500)
+    frames, _, _ = received(b"\x02" + part + b"\x80" + part, 1, monkeypatch)
+    assert [len(frame) for frame in frames] == [500, 500]
+    with pytest.raises(MessageRefused, match="1001 bytes, above 1000"):
+        received(b"\x02" + part + b"\x00\x7e" + (501).to_bytes(2), 1, monkeypatch)

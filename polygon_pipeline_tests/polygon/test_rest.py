@@ -359,6 +359,32 @@ def test_a_refusal_is_not_retried_and_names_the_request_and_the_reason(
     assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"status": "ERROR", "error": f"no access for {KEY}"},
+        {"message": "x" * 290 + KEY},
+        ("x" * 290 + KEY).encode(),
+    ],
+)
+def test_a_key_that_the_server_repeats_is_not_shown_in_whole_nor_in_part(
+    body: Any, server: PlannedServer, history: RestHistory
+) -> None:
+    server.plan[SPY] = [Answer(403, body)]
+    with pytest.raises(HistoryRefused) as refused:
+        spy(history)
+    assert KEY[:8] not in str(refused.value)
+
+
+def test_a_key_that_an_unreadable_answer_repeats_is_not_shown_in_whole_nor_in_part(
+    server: PlannedServer, history: RestHistory
+) -> None:
+    server.plan[SPY] = [Answer(200, ("x" * 190 + KEY).encode())]
+    with pytest.raises(HistoryUnavailable, match="It begins: x") as unreadable:
+        spy(history)
+    assert KEY[:8] not in str(unreadable.value)
+
+
 @pytest.mark.parametrize("key", ["two\nlines", "sch\u00f6n"])
 def test_an_invalid_key_is_refused_without_being_shown(key: str, tmp_path: Path) -> None:
     with pytest.raises(HistoryRefused, match="POLYGON_API_KEY") as error:

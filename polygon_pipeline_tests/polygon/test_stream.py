@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,13 +19,24 @@ from hypothesis import strategies as st
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon import frame_buffer, stream
 from polygon_pipeline.polygon.messages import decode_frame
-from polygon_pipeline.polygon.stream import Backoff, EventKind, StreamRefused
+from polygon_pipeline.polygon.stream import Backoff, EventKind, Stream, StreamRefused
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline_tests.support.client import log_in
 from polygon_pipeline_tests.support.events import RECEIVED_AT
 from polygon_pipeline_tests.support.feeds import event
+from polygon_pipeline_tests.support.planned_server import Answer, planned_server
 from polygon_pipeline_tests.support.s3_server import free_ports
-from polygon_pipeline_tests.support.scripted import KEY, PATIENCE, Script, Watched, deaf, scripted, status, subscribed
+from polygon_pipeline_tests.support.scripted import (
+    KEY,
+    PATIENCE,
+    Script,
+    Watched,
+    deaf,
+    scripted,
+    slow_to_accept,
+    status,
+    subscribed,
+)
 
 
 def kinds(watched: Watched) -> list[EventKind]:
@@ -205,6 +217,44 @@ def test_an_error_after_everything_was_acknowledged_is_only_a_warning() -> None:
         watched.end()
     assert watched.error is None
     assert kinds(watched).count(EventKind.CONNECTED) == 1
+
+
+@pytest.mark.parametrize("kind", ["auth_failed", "error", "force_disconnect", "max_connections", "auth_timeout", "new"])
+def test_a_key_that_the_server_repeats_is_in_no_error_and_no_event(kind: str) -> None:
+    """Frames are kept as they came; what people read is not the vendor's to fill."""
+
+    def script(client: Script) -> None:
+        client.say(status("connected"))
+        client.hear()
+        client.say(status(kind, f"no access for {KEY}"))
+        client.close(1008, f"goodbye {KEY}")
+
+    with scripted(script) as server, Watched(server) as watched:
+        watched.next(EventKind.REFUSED if kind in ("auth_failed", "error") else EventKind.DISCONNECTED)
+        watched.end()
+    assert "no access for …" in repr(watched.events)
+    assert KEY not in str(watched.error) + repr(watched.error) + repr(watched.events)
+    assert any(KEY.encode() in frame for frame in watched.frames)
+
+
+# Redirects
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(code: int) -> None:
+    def script(client: Script) -> None:
+        client.begin()
+        client.wait_until_the_client_goes()
+
+    with scripted(script) as other, planned_server() as server:
+        server.plan["/stocks"] = [Answer(code, headers={"Location": other.url})]
+        with Watched(server.url.replace("http://", "ws://") + "/stocks") as watched:
+            ended = watched.next(EventKind.DISCONNECTED)
+            assert f"answers {code} and leads to '{other.url}'" in ended.detail
+            assert "POLYGON_WEBSOCKET_URL" in ended.detail
+            assert ended.retry_seconds is not None, "it may be a passing fault of the server"
+            watched.next(EventKind.DISCONNECTED)
+        assert other.heard.empty()
 
 
 # Missing acknowledgements
@@ -414,7 +464,7 @@ def test_no_bars_while_the_market_is_open_ends_a_connection_and_the_next_has_twi
 def test_a_frame_whose_announced_length_is_too_large_ends_the_connection_unread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(frame_buffer, "MAX_FRAME_BYTES", 10_000)
+    monkeypatch.setattr(frame_buffer, "MAX_MESSAGE_BYTES", 10_000)
 
     def script(client: Script) -> None:
         client.begin()
@@ -428,6 +478,101 @@ def test_a_frame_whose_announced_length_is_too_large_ends_the_connection_unread(
         assert "10001 bytes" in watched.next(EventKind.DISCONNECTED).detail
         watched.next(EventKind.SUBSCRIBED)
     assert [len(frame) for frame in watched.frames if len(frame) > 9_000] == [10_000]
+
+
+# Messages without an end, and a stop that ends them all
+
+HANDSHAKE = [[status("connected")], [status("auth_success")], subscribed("AM.SPY")]
+
+
+def test_a_message_of_many_frames_is_refused_by_what_they_add_up_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_buffer, "MAX_MESSAGE_BYTES", 100_000)
+
+    def script(client: Script) -> None:
+        client.begin()
+        if client.number == 1:
+            client.say_in_pieces(itertools.repeat("x" * 1000))
+        client.wait_until_the_client_goes()
+
+    with scripted(script) as server, Watched(server) as watched:
+        watched.next(EventKind.SUBSCRIBED)
+        assert "101000 bytes" in watched.next(EventKind.DISCONNECTED).detail
+        watched.next(EventKind.SUBSCRIBED)
+
+
+def test_a_message_that_comes_in_small_frames_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_buffer, "MESSAGE_SECONDS", 0.2)
+
+    def script(client: Script) -> None:
+        client.begin()
+        if client.number == 1:
+            client.say_in_pieces(slowly())
+        client.wait_until_the_client_goes()
+
+    with scripted(script) as server, Watched(server) as watched:
+        watched.next(EventKind.SUBSCRIBED)
+        assert "did not end within" in watched.next(EventKind.DISCONNECTED).detail
+        watched.next(EventKind.SUBSCRIBED)
+
+
+def slowly() -> Iterator[str]:
+    while True:
+        time.sleep(0.02)
+        yield "x"
+
+
+@pytest.mark.slow
+def test_a_frame_that_comes_byte_by_byte_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, SILENCE_SECONDS=0.5)
+    with deaf(*HANDSHAKE, dripping=True) as url, Watched(url) as watched:
+        watched.next(EventKind.SUBSCRIBED)
+        assert "no whole message" in watched.next(EventKind.DISCONNECTED).detail
+
+
+def test_a_stop_ends_a_frame_that_comes_byte_by_byte() -> None:
+    with deaf(*HANDSHAKE, dripping=True) as url, Watched(url) as watched:
+        watched.next(EventKind.SUBSCRIBED)
+        watched.end()
+    assert watched.events[-1].detail == "stopped"
+
+
+def test_a_stop_ends_a_message_that_comes_in_small_frames() -> None:
+    def script(client: Script) -> None:
+        client.begin()
+        client.say_in_pieces(slowly())
+
+    with scripted(script) as server, Watched(server) as watched:
+        watched.next(EventKind.SUBSCRIBED)
+        watched.end()
+    assert watched.events[-1].detail == "stopped"
+
+
+@pytest.mark.slow
+def test_a_server_that_accepts_byte_by_byte_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, CONNECT_SECONDS=0.5)
+    with slow_to_accept() as url, Watched(url) as watched:
+        assert "no answer within" in watched.next(EventKind.DISCONNECTED).detail
+
+
+def test_a_stop_ends_connecting_to_a_server_that_accepts_byte_by_byte() -> None:
+    with slow_to_accept() as url, Watched(url) as watched:
+        watched.end()
+    assert watched.error is None
+
+
+def test_what_was_read_off_the_socket_before_a_stop_is_passed_on() -> None:
+    bars = [[{"ev": "AM", "sym": f"T{number}"}] for number in range(200)]
+    stop, frames = threading.Event(), list[bytes]()
+    with deaf(*HANDSHAKE, *bars) as url:
+        Stream(
+            url,
+            KEY,
+            ["AM.SPY"],
+            on_frames=frames.extend,
+            on_event=lambda event: stop.set() if event.kind is EventKind.SUBSCRIBED else None,
+            stop=stop,
+        ).run()
+    assert [json.loads(frame) for frame in frames] == [*HANDSHAKE, *bars]
 
 
 # Frames of every shape
@@ -486,7 +631,7 @@ def test_a_fragmented_frame_is_passed_on_verbatim_and_whole() -> None:
 
     def script(client: Script) -> None:
         client.begin()
-        client.say_in_pieces(payload[:5], payload[5:20], payload[20:])
+        client.say_in_pieces([payload[:5], payload[5:20], payload[20:]])
         client.wait_until_the_client_goes()
 
     with scripted(script) as server, Watched(server) as watched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -93,6 +94,32 @@ def test_of_a_huge_frame_only_the_header_is_sent() -> None:
         with pytest.raises(websocket.WebSocketTimeoutException):
             client.socket.recv()
         assert client.socket.frame_buffer.length == 64 * 2**20
+
+
+def test_a_huge_message_has_no_last_frame() -> None:
+    with exchange(Fault(FaultType.HUGE_MESSAGE, after_frames=1)) as server, log_in(server) as client:
+        subscribe(client)
+        assert client.socket.recv() == FIRST.decode()
+        skip_the_ping(client)
+        frames = [client.socket.recv_frame() for _ in range(12)]
+        assert [(frame.opcode, frame.fin, len(frame.data)) for frame in frames] == [
+            (TEXT if number == 0 else 0, 0, 2**20) for number in range(12)
+        ]
+
+
+def skip_the_ping(client: Client) -> None:
+    """The one that asks whether the first frame has arrived."""
+    assert client.socket.recv_frame().opcode == websocket.ABNF.OPCODE_PING
+
+
+def test_of_a_dripping_frame_a_byte_comes_now_and_then() -> None:
+    with exchange(Fault(FaultType.DRIP, after_frames=1)) as server, log_in(server) as client:
+        subscribe(client)
+        assert client.socket.recv() == FIRST.decode()
+        skip_the_ping(client)
+        raw = client.socket.sock
+        assert raw.recv(4, socket.MSG_WAITALL) == b"\x81\x7e\xff\xff"
+        assert raw.recv(3, socket.MSG_WAITALL) == b"   "
 
 
 @pytest.mark.slow

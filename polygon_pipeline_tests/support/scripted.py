@@ -10,7 +10,8 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from websockets.exceptions import ConnectionClosed
@@ -140,9 +141,12 @@ class Script:
     def say_raw(self, message: str | bytes) -> None:
         self._connection.send(message)
 
-    def say_in_pieces(self, *pieces: str) -> None:
-        """One message in several WebSocket frames."""
-        self._connection.send(iter(pieces))
+    def say_in_pieces(self, pieces: Iterable[str]) -> None:
+        """One message in several WebSocket frames, each sent as soon as it is there."""
+        self._connection.send(pieces)
+
+    def close(self, code: int, reason: str) -> None:
+        self._connection.close(code, reason)
 
     def hear(self) -> dict[str, str]:
         """The client's next message."""
@@ -218,10 +222,13 @@ def scripted(script: Callable[[Script], None]) -> Iterator[Scripted]:
 
 
 @contextmanager
-def deaf(*frames: object, close: bool = False, left: threading.Event | None = None) -> Iterator[str]:
+def deaf(
+    *frames: object, close: bool = False, dripping: bool = False, left: threading.Event | None = None
+) -> Iterator[str]:
     """Serves one connection that gets these frames at once and no answer to anything ever; yields the URL.
 
-    close: a close frame follows. left: set when the client has given the connection up.
+    close: a close frame follows. dripping: a frame follows that never ends, byte by byte. left: set when the client has
+    given the connection up.
     """
     protocol = ServerProtocol()
 
@@ -240,6 +247,9 @@ def deaf(*frames: object, close: bool = False, left: threading.Event | None = No
             if close:
                 protocol.send_close(1000)
             connection.sendall(b"".join(protocol.data_to_send()))
+            if dripping:
+                connection.sendall(b"\x82\x7e\xff\xff")
+                drip(connection)
             with contextlib.suppress(ConnectionResetError):
                 while connection.recv(65536):
                     pass
@@ -250,3 +260,26 @@ def deaf(*frames: object, close: bool = False, left: threading.Event | None = No
         thread = threading.Thread(target=serve_one, daemon=True)
         thread.start()
         yield f"ws://127.0.0.1:{listener.getsockname()[1]}/stocks"
+
+
+@contextmanager
+def slow_to_accept() -> Iterator[str]:
+    """Serves one connection, whose handshake it answers byte by byte without an end; yields the URL."""
+
+    def serve_one() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\nX: ")
+            drip(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve_one, daemon=True).start()
+        yield f"ws://127.0.0.1:{listener.getsockname()[1]}/stocks"
+
+
+def drip(connection: socket.socket) -> None:
+    """Sends a byte now and then until the client goes."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
