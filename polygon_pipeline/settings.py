@@ -10,7 +10,7 @@ an `s3://` lake.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import date
 from ipaddress import ip_address
@@ -25,6 +25,9 @@ WEBSOCKET_URL = "wss://socket.massive.com/stocks"
 REST_URL = "https://api.massive.com"
 FLAT_FILES_URL = "https://files.massive.com"
 SIMULATOR_KEY = "simulator"
+
+# In the spellings of all libraries: not each of them knows networks.
+_THIS_MACHINE = "localhost,127.0.0.1,::1,127.0.0.0/8"
 
 # Two years, of which the free plan has the history; earlier days are asked for by name, back to the vendor's first.
 HISTORY_START = date(2024, 12, 2)
@@ -194,6 +197,15 @@ def _flat_files(environment: Mapping[str, str]) -> tuple[str | None, str | None,
     if url:
         require_private("POLYGON_FLAT_FILES_URL", url, "https", "http")
     return url, key_id, secret
+
+
+def keep_proxies_off_this_machine(environment: MutableMapping[str, str]) -> None:
+    """Adds this machine to NO_PROXY: the clients' libraries would ask a proxy of the environment even for it, and the
+    key would leave the machine unencrypted."""
+    excluded = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    if excluded != "*" and not excluded.endswith(_THIS_MACHINE):
+        excluded = ",".join(filter(None, (excluded, _THIS_MACHINE)))
+    environment["no_proxy"] = environment["NO_PROXY"] = excluded
 
 
 def require_private(variable: str, url: str, secure: str, plain: str) -> None:

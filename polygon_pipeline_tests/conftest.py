@@ -17,10 +17,15 @@ from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the settings and credentials of who runs it, be they in the environment or in ~/.aws."""
+    """No test sees the settings, credentials and proxies of who runs it, be they in the environment or in ~/.aws."""
     for name in list(os.environ):
         if name.startswith(("POLYGON_", "AWS_")) or name in ("LAKE_URI", "JOURNAL_DIR", "DAGSTER_HOME"):
             monkeypatch.delenv(name)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name in ("no_proxy", "NO_PROXY"):  # which the project adds to
+        monkeypatch.setenv(name, "")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)

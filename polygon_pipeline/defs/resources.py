@@ -38,7 +38,7 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
         """
         overrides = {"POLYGON_TICKERS": tickers, "POLYGON_CHANNELS": channels}
         given = {name: value for name, value in overrides.items() if value is not None}
-        return settings.load(demo.with_defaults({**os.environ, **given}))
+        return settings.load(_environment() | given)
 
     @contextmanager
     def history(self) -> Iterator[Sources]:
@@ -59,6 +59,12 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
             )
 
 
+def _environment() -> dict[str, str]:
+    """The environment, with the demo's defaults. From now on this process asks no proxy for this machine."""
+    settings.keep_proxies_off_this_machine(os.environ)
+    return demo.with_defaults(os.environ)
+
+
 @contextmanager
 def _rest_url(wanted: settings.Settings) -> Iterator[str]:
     if wanted.rest_url is not None:
@@ -74,7 +80,7 @@ def _flat_files(wanted: settings.Settings) -> "ObjectStore | None":
     import boto3
 
     session = boto3.Session(wanted.flat_files_key_id, wanted.flat_files_secret, region_name="us-east-1")
-    return open_lake(f"s3://{BUCKET}", lambda: S3Access(session, wanted.flat_files_url)).store
+    return open_lake(f"s3://{BUCKET}", lambda: S3Access(session, wanted.flat_files_url, ca_bundle=_ca_bundle())).store
 
 
 class LakeResource(dg.ConfigurableResource["LakeResource"]):
@@ -96,7 +102,7 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
 
     def open(self) -> Lake:
         """Raises LakeError or settings.ConfigurationError for a lake that cannot be as it is configured."""
-        return open_lake(settings.lake_uri(demo.with_defaults(os.environ)), self._s3_access)
+        return open_lake(settings.lake_uri(_environment()), self._s3_access)
 
     def _s3_access(self) -> S3Access:
         import boto3
@@ -120,4 +126,14 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
             endpoint_url=url,
             unsigned=self.s3.use_unsigned_session,
             verify_certificates=self.s3.verify is not False,
+            ca_bundle=_ca_bundle(),
         )
+
+
+def _ca_bundle() -> bytes | None:
+    """AWS_CA_BUNDLE's content. Raises settings.ConfigurationError where it cannot be read."""
+    path = os.environ.get("AWS_CA_BUNDLE")
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise settings.ConfigurationError(f"AWS_CA_BUNDLE cannot be read: {error}.") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -55,6 +56,9 @@ _SYNC_THREADS = 16
 _RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
 
 
+_REFUSED_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
+
+
 class LakeError(Exception):
     """The lake cannot be used as it is configured; the text says what to correct."""
 
@@ -68,12 +72,13 @@ class _Claim(msgspec.Struct):
 
 @dataclass(frozen=True)
 class S3Access:
-    """How to reach S3. endpoint_url: None for AWS itself."""
+    """How to reach S3. endpoint_url: None for AWS itself. ca_bundle: certificates to trust beside the system's, PEM."""
 
     session: boto3.Session
     endpoint_url: str | None = None
     unsigned: bool = False
     verify_certificates: bool = True
+    ca_bundle: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -280,21 +285,26 @@ def _s3_store(bucket: str, prefix: str, access: S3Access) -> S3Store:
         "allow_http": True,  # plain http is refused for anything but loopback where the endpoint is configured
         "allow_invalid_certificates": not access.verify_certificates,
     }
+    if access.ca_bundle is not None:
+        client["root_certificate"] = access.ca_bundle
     if not access.unsigned and access.session.get_credentials() is None:
         raise LakeError(
             "No AWS credentials were found for LAKE_URI. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "AWS_PROFILE, or give the machine a role."
         )
-    return S3Store(
-        bucket,
-        prefix=prefix or None,
-        region=access.session.region_name or "us-east-1",
-        endpoint=access.endpoint_url,
-        skip_signature=access.unsigned,
-        credential_provider=None if access.unsigned else Boto3CredentialProvider(access.session),
-        client_options=client,
-        retry_config=_RETRY,
-    )
+    try:
+        return S3Store(
+            bucket,
+            prefix=prefix or None,
+            region=access.session.region_name or "us-east-1",
+            endpoint=access.endpoint_url,
+            skip_signature=access.unsigned,
+            credential_provider=None if access.unsigned else Boto3CredentialProvider(access.session),
+            client_options=client,
+            retry_config=_RETRY,
+        )
+    except ValueError as error:
+        raise LakeError(f"AWS_CA_BUNDLE, or another setting of S3, is not what it must be: {brief(error)}") from error
 
 
 def _walk(root: Path, prefix: str) -> list[ObjectMeta]:
@@ -372,6 +382,8 @@ def _decode_claim(content: bytes) -> _Claim | None:
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line: obstore appends its whole chain of causes."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """An error in one line: obstore appends its whole chain of causes, and a refused certificate is only there."""
+    text = str(error).strip()
+    line = text.splitlines()[0][:300] if text else type(error).__name__
+    refused = _REFUSED_CERTIFICATE.search(text)
+    return f"{line}: the certificate is refused ({refused[1]}; AWS_CA_BUNDLE names more to trust)" if refused else line

@@ -127,4 +127,6 @@ def _forbidden(store: ObjectStore, day: date, now: datetime) -> Exception:
 
 
 def _unavailable(key: str, error: BaseError) -> HistoryUnavailable:
-    return HistoryUnavailable(f"The flat file {key} could not be fetched: {str(error).strip().splitlines()[0][:300]}")
+    text = str(error).strip()
+    refused = ": the certificate is refused (AWS_CA_BUNDLE names more to trust)" if "InvalidCertificate" in text else ""
+    return HistoryUnavailable(f"The flat file {key} could not be fetched: {text.splitlines()[0][:300]}{refused}")

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from datetime import UTC, date, datetime
-from typing import Annotated, NamedTuple, TypeVar
-from urllib.parse import quote
+from typing import Annotated, Any, NamedTuple, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 import msgspec
 import tenacity
@@ -175,7 +176,8 @@ class RestHistory:
         self._key = key
         self._limit = limit
         self._backoff = backoff
-        self._pool = urllib3.PoolManager(
+        self._pool = _pool(
+            url,
             maxsize=CONCURRENCY,
             timeout=_TIMEOUT,
             retries=False,  # redirects are not followed either
@@ -335,6 +337,17 @@ class RestHistory:
 
     def _safe(self, text: str, limit: int | None = None) -> str:
         return without_key(text, self._key, limit)
+
+
+def _pool(url: str, **options: Any) -> urllib3.PoolManager:
+    """Connections as the environment wants them: https_proxy for https, unless no_proxy has the host."""
+    parts = urlsplit(url)
+    proxy = getproxies_environment().get(parts.scheme)
+    if parts.scheme != "https" or not proxy or proxy_bypass(parts.hostname or ""):
+        return urllib3.PoolManager(**options)
+    credentials = unquote(urllib3.util.parse_url(proxy).auth or "")
+    headers = urllib3.make_headers(proxy_basic_auth=credentials) if credentials else None
+    return urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
 
 
 def seconds_left(done: int, total: int, elapsed: float, per_second: float) -> float:
