@@ -10,6 +10,7 @@ import pytest
 
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline_tests.support import real_bars
+from polygon_pipeline_tests.support.fault_matrix import fault_matrix, note_faults
 from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.real_bars import RecordedBars
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
@@ -42,6 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks as slow what needs the S3 server. The file that takes minutes and mostly waits goes first, so that the
     others run beside it."""
     for item in items:
+        note_faults(item)
         if isinstance(item, pytest.Function) and _needs_s3(item):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name != "test_dagster_dev.py")
@@ -53,12 +55,14 @@ def _needs_s3(item: pytest.Function) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
-    lines = [line for report in reports for name, line in report.user_properties if name == "account"]
-    if lines:
-        terminalreporter.section("accounts")
-        for line in lines:
-            terminalreporter.write_line(line)
+    outcomes = ("passed", "failed", "error")
+    reports = [report for outcome in outcomes for report in terminalreporter.stats.get(outcome, [])]
+    accounts = [line for report in reports for name, line in report.user_properties if name == "account"]
+    for title, lines in (("accounts", accounts), ("fault matrix", fault_matrix(reports))):
+        if lines:
+            terminalreporter.section(title)
+            for line in lines:
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ from polygon_pipeline_tests.support.collecting import plan
 from polygon_pipeline_tests.support.journals import read_ledger
 from polygon_pipeline_tests.support.lakes import local_lake
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault("faults of the stream")]
 
 TOPICS = ("AM.AAPL", "AM.BRK.B", "AM.KIMpL", "AM.TCEHY", "A.TCEHY")
 

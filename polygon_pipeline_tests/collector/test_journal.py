@@ -195,6 +195,7 @@ def test_a_journal_that_cannot_grow_fails_and_keeps_every_record_it_accepted(tmp
     assert journal.torn_tail(1) == b""
 
 
+@pytest.mark.fault("a full disk")
 def test_a_nearly_full_disk_fails_the_journal_while_its_records_can_still_be_published(
     tmp_path: Path, file_lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:

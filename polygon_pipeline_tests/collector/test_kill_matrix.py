@@ -38,7 +38,7 @@ from polygon_pipeline_tests.support.s3_server import SeaweedFS
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault("processes killed")]
 
 _START_MS = 1769490000000 - 10 * 60_000  # ten minutes before New York's midnight: the bars are of two days
 _TICKERS = [f"T{number:03d}" for number in range(100)]
