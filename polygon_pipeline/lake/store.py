@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -44,6 +44,9 @@ T = TypeVar("T")
 # obstore raises Python's own error for a missing object, and its own for a missing bucket.
 NOT_FOUND = (NotFoundError, FileNotFoundError)
 
+# Of an error's text, in one line.
+_LONGEST = 400
+
 # What a store's faults look like: obstore's own errors, and a local disk's.
 STORE_ERRORS = (BaseError, OSError)
 
@@ -52,10 +55,22 @@ STORE_ERRORS = (BaseError, OSError)
 CONCURRENCY = 64
 _SYNC_THREADS = 16
 
+# obstore keeps a credential for as long as it is told here, beyond its real end if that is sooner. Told of no time at
+# all it asks for each request (ten times a second at the most), and boto3 knows when to renew.
+_CREDENTIAL_LIFE = timedelta(0)
+
 # obstore retries by itself; a caller that must not give up retries around it.
 _RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
 
 
+# S3's codes, by what is to be corrected. R2 has a code of its own for a wrong region.
+_WRONG_REGION = {"PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException", "InvalidRegionName"}
+_BARE = "Received redirect without LOCATION"  # obstore's word for it, which leaves the answer out
+_BOTO3 = re.compile(r"An error occurred \((\w+)\) when calling the \w+ operation[^:]*: ?(.*)")
+_EXPIRED = {"ExpiredToken", "TokenRefreshRequired"}
+_PROVIDER = "External AWS credential provider"  # whoever gives out credentials may be away for a while
+_LOGGED_OUT = ("SSOTokenLoadError", "UnauthorizedSSOTokenError")  # boto3's, where obstore asks it for credentials
+_REFUSED = {"AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
 _REFUSED_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 
 
@@ -187,7 +202,7 @@ class Lake:
             if content is None:
                 content = self._claim_first(feed)
         except STORE_ERRORS as error:
-            raise permanent_error(error, self.uri) or error from error
+            raise permanent_error(error, self.uri, self.bucket_region) or error from error
         found = _decode_claim(content)
         if found is None:
             raise LakeError(
@@ -231,17 +246,46 @@ class Lake:
                         return meta["path"]
         return None
 
+    def bucket_region(self) -> str | None:
+        """The region of an S3 lake's bucket, or None where nobody says it."""
+        return _bucket_region(urlsplit(self.uri).netloc, self.s3) if self.s3 else None
 
-def permanent_error(error: BaseException, uri: str) -> LakeError | None:
-    """The same error as a LakeError that says what to correct, or None where it may pass by itself."""
-    if isinstance(error, NOT_FOUND) or "NoSuchBucket" in str(error):
-        return LakeError(f"{uri} does not exist. Create the bucket or correct LAKE_URI. ({brief(error)})")
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError):
-        return LakeError(
-            f"{uri} refuses these credentials. Check AWS_* and that they may get, put and list objects there. "
-            f"({brief(error)})"
+
+def permanent_error(
+    error: BaseException, uri: str, bucket_region: Callable[[], str | None] = lambda: None
+) -> LakeError | None:
+    """The same error as a LakeError that says what to correct, or None where it may pass by itself.
+
+    bucket_region: asked only where the region is wrong and the answer does not say which is right.
+    """
+    text = str(error)
+    code, message = _answered(text) or ("", "")
+    if isinstance(error, NOT_FOUND) or code == "NoSuchBucket":
+        advice = "does not exist. Create the bucket or correct LAKE_URI."
+    elif code in _WRONG_REGION or (code == "AuthorizationHeaderMalformed" and "region" in message) or _BARE in text:
+        named = re.search("<Region>(.+?)</Region>", text)
+        region = named[1] if named else bucket_region() or "its own"
+        advice = f"is in another region. Set AWS_DEFAULT_REGION, or the profile's region, to {region}."
+    elif code.startswith("KMS.") or (code == "AccessDenied" and "kms:" in message):
+        advice = (
+            "is encrypted with a KMS key that cannot be used. Enable the key, and allow these credentials "
+            "kms:GenerateDataKey and kms:Decrypt."
         )
-    return None
+    elif code in _EXPIRED or any(name in text for name in _LOGGED_OUT):
+        advice = (
+            "refuses these credentials: they have expired. Log in again; for a collector use a role or a profile that "
+            "boto3 can renew by itself."
+        )
+    elif _PROVIDER in text or code == "RequestTimeTooSkewed":  # a clock may be set right
+        return None
+    elif (
+        isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
+        or code in _REFUSED  # a list's refusal has no class of its own
+    ):
+        advice = "refuses these credentials. Check AWS_* and that they may get, put and list objects there."
+    else:
+        return None
+    return LakeError(f"{uri} {advice} ({brief(error)})")
 
 
 async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
@@ -263,7 +307,8 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> 
 def open_lake(uri: str, s3: Callable[[], S3Access]) -> Lake:
     """Opens `s3://bucket[/prefix]` or `file:///path`. s3 is asked for access only where it is needed.
 
-    Raises LakeError for another scheme. Nothing is read or written, but a local folder is made.
+    Raises LakeError for another scheme, and where there are no credentials, such as for a profile that does not exist.
+    Nothing is read or written, but a local folder is made.
     """
     parts = urlsplit(uri)
     if parts.scheme == "file" and not parts.netloc and uri.startswith("file:///"):
@@ -271,8 +316,9 @@ def open_lake(uri: str, s3: Callable[[], S3Access]) -> Lake:
         make_folder(root, exist_ok=True)
         return Lake(uri, LocalStore(root))
     if parts.scheme == "s3" and parts.netloc:
-        access = s3()
-        return Lake(uri, _s3_store(parts.netloc, parts.path.strip("/"), access), access)
+        with _settings_of_boto3(uri):
+            access = s3()
+            return Lake(uri, _s3_store(parts.netloc, parts.path.strip("/"), access), access)
     raise LakeError(f"LAKE_URI is {uri!r}; it must be s3://bucket/prefix or file:///absolute/path.")
 
 
@@ -299,7 +345,9 @@ def _s3_store(bucket: str, prefix: str, access: S3Access) -> S3Store:
             region=access.session.region_name or "us-east-1",
             endpoint=access.endpoint_url,
             skip_signature=access.unsigned,
-            credential_provider=None if access.unsigned else Boto3CredentialProvider(access.session),
+            credential_provider=(
+                None if access.unsigned else Boto3CredentialProvider(access.session, ttl=_CREDENTIAL_LIFE)
+            ),
             client_options=client,
             retry_config=_RETRY,
         )
@@ -381,9 +429,55 @@ def _decode_claim(content: bytes) -> _Claim | None:
         return None
 
 
+@contextlib.contextmanager
+def _settings_of_boto3(uri: str) -> Iterator[None]:
+    """What boto3 says of its settings, such as of a profile that does not exist, as a LakeError."""
+    from botocore.exceptions import BotoCoreError, CredentialRetrievalError
+
+    try:
+        yield
+    except CredentialRetrievalError:  # whoever gives out credentials may be back soon
+        raise
+    except BotoCoreError as error:
+        raise LakeError(f"{uri} cannot be reached with these AWS_* settings: {error}") from error
+
+
+def _bucket_region(bucket: str, access: S3Access) -> str | None:
+    """S3 says it to everybody who asks, in a header that obstore does not show."""
+    from botocore import UNSIGNED
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    config = Config(signature_version=UNSIGNED, connect_timeout=5, read_timeout=10, retries={"max_attempts": 0})
+    client = access.session.client(
+        "s3",
+        endpoint_url=access.endpoint_url,
+        region_name=access.session.region_name or "us-east-1",
+        config=config,
+        verify=None if access.verify_certificates else False,
+    )
+    try:
+        answer: Mapping[str, Any] = client.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        answer = error.response
+    except BotoCoreError:
+        return None
+    region: str | None = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    return region
+
+
 def brief(error: BaseException) -> str:
-    """An error in one line: obstore appends its whole chain of causes, and a refused certificate is only there."""
+    """An error in one line, in S3's own words where there are some: obstore appends its whole chain of causes."""
     text = str(error).strip()
-    line = text.splitlines()[0][:300] if text else type(error).__name__
+    if answered := _answered(text):
+        request = re.search(r"Error performing (\S+ [^\s?]+)", text)
+        return f"{request[1] if request else 'S3'}: {': '.join(answered)}"[:_LONGEST]
+    line = text.splitlines()[0][:_LONGEST] if text else type(error).__name__
     refused = _REFUSED_CERTIFICATE.search(text)
     return f"{line}: the certificate is refused ({refused[1]}; AWS_CA_BUNDLE names more to trust)" if refused else line
+
+
+def _answered(text: str) -> tuple[str, str] | None:
+    """The code and the message of S3's answer, within obstore's error text or boto3's."""
+    found = re.search(r"<Code>([^<]+)</Code>(?:.*?<Message>([^<]*)</Message>)?", text, re.DOTALL) or _BOTO3.search(text)
+    return (found[1], found[2] or "") if found else None

@@ -29,6 +29,7 @@ from polygon_pipeline.collector.lease import (
 )
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake
+from polygon_pipeline_tests.support.documented_s3 import documented_s3
 from polygon_pipeline_tests.support.faulty_s3 import Fault, FaultyS3, lake_behind
 from polygon_pipeline_tests.support.leases import Clock, holding
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
@@ -301,6 +302,20 @@ def test_acquiring_is_retried_after_a_lost_response_without_waiting_for_its_own_
             lease.acquire(_refuse_to_wait)
         lease.acquire(_refuse_to_wait)
         assert _holder(lake) == "run-1"
+
+
+@pytest.mark.fault("S3: racing writes (409)")
+def test_a_write_that_met_another_is_tried_again_and_loses_no_lease() -> None:
+    with documented_s3() as s3:
+        lease = _lease(s3.lake(), "run-1")
+        s3.conflicts = 1
+        lease.acquire(_refuse_to_wait)
+        s3.conflicts = 1
+        lease.renew(CollectorStatus())
+        s3.conflicts = 1
+        lease.release()
+        assert s3.conflicts == 0
+        assert _holder(s3.lake()) is None
 
 
 def test_acquiring_a_local_lake_is_retried_after_a_failed_write(file_lake: Lake) -> None:

@@ -19,6 +19,7 @@ from polygon_pipeline.lake.store import STORE_ERRORS, Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.archives import archived_lines, quarantined_entries
 from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar, record_line
+from polygon_pipeline_tests.support.documented_s3 import documented_s3
 from polygon_pipeline_tests.support.journals import (
     finished_journal,
     frame_of,
@@ -52,6 +53,19 @@ def test_a_bar_with_the_longest_accepted_ticker_can_be_stored_in_a_file_lake(tmp
     finished_journal(root, file_lake, [frame_of(plain_bar("\N{CHART WITH UPWARDS TREND}" * 64, NOON, 1))])
     publish_leftovers(file_lake, root)
     assert read_ledger(file_lake).account.events == 1
+
+
+@pytest.mark.fault("S3: racing writes (409)")
+def test_a_write_that_met_another_is_tried_again_until_the_latest_revision_is_stored(tmp_path: Path) -> None:
+    with documented_s3() as s3:
+        lake = s3.lake()
+        for run, price in (("run-001", 1), ("run-002", 2)):
+            finished_journal(tmp_path / run, lake, [frame_of(plain_bar("SPY", NOON, price))], run)
+            s3.conflicts = 9  # more than obstore tries by itself
+            publish_leftovers(lake, tmp_path / run)
+            assert s3.conflicts == 0
+        (key,) = lake.keys("raw-data")
+        assert json.loads(lake.get(key) or b"")["bar_data"]["close"] == 2
 
 
 def test_a_torn_end_is_quarantined_once_however_often_archiving_is_retried(tmp_path: Path, file_lake: Lake) -> None:

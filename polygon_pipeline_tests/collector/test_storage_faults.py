@@ -33,7 +33,7 @@ from polygon_pipeline_tests.support.journals import journal_header, read_ledger
 from polygon_pipeline_tests.support.s3_server import S3Address, SeaweedFS, strict_s3
 from polygon_pipeline_tests.support.waiting import until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault("faults of the storage")]
 
 _REVISIONS = 3
 
@@ -138,7 +138,7 @@ def test_a_mix_of_every_fault_loses_no_bar_and_no_connection(
     seaweedfs: SeaweedFS, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     rates = {Fault.DELAY: 0.03, Fault.SLOW_DOWN: 0.02, Fault.INTERNAL_ERROR: 0.02}
-    rates |= {Fault.RESET: 0.02, Fault.LOST_RESPONSE: 0.02, Fault.FORBIDDEN: 0.005}
+    rates |= {Fault.RESET: 0.02, Fault.LOST_RESPONSE: 0.02, Fault.FORBIDDEN: 0.005, Fault.EXPIRED: 0.005}
     feed = _feed(tickers=30, ticks=60)
     with FaultyS3(seaweedfs.endpoint_url, seed=5) as proxy, Exchange(feed, speed=10) as exchange:
         lake = lake_behind(proxy, seaweedfs)
@@ -186,9 +186,9 @@ def test_credentials_that_expire_and_are_renewed_during_a_session_lose_nothing(
         lake = lake_behind(proxy, seaweedfs)
         run = _Run(lake, exchange, tmp_path)
         until(lambda: run.progress, "the first checkpoint")
-        proxy.rates = {Fault.FORBIDDEN: 1.0}
+        proxy.rates = {Fault.EXPIRED: 1.0}
         until(lambda: [line for line in run.said if "refuses these credentials" in line], "the refusal is logged")
-        until(lambda: proxy.counts[Fault.FORBIDDEN] >= 3, "it was refused three times")
+        until(lambda: proxy.counts[Fault.EXPIRED] >= 3, "it was refused three times")
         proxy.rates = {}
         run.finish()
     assert "the lake takes writes again" in run.said

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import threading
+from datetime import UTC, datetime, timedelta
+from hashlib import md5
 from pathlib import Path
 from typing import Any
 
 import boto3
 import obstore
 import pytest
-from obstore.exceptions import GenericError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    GenericError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import (
     CONCURRENCY,
     NOT_FOUND,
+    STORE_ERRORS,
     Lake,
     LakeError,
     S3Access,
@@ -26,8 +37,15 @@ from polygon_pipeline.lake.store import (
 )
 from polygon_pipeline.market.bars import Channel, ticker_error
 from polygon_pipeline_tests.support.bars import DAY, NOON
+from polygon_pipeline_tests.support.documented_s3 import (
+    BUCKET,
+    KMS_REFUSAL,
+    WrongRegion,
+    documented_s3,
+)
 from polygon_pipeline_tests.support.lakes import local_lake, no_s3
 from polygon_pipeline_tests.support.s3_server import SeaweedFS, strict_s3
+from polygon_pipeline_tests.support.waiting import until
 
 # Objects
 
@@ -163,6 +181,8 @@ def test_temporary_faults_are_distinguished_from_permanent_ones() -> None:
     missing = permanent_error(GenericError("404: <Code>NoSuchBucket</Code>"), "s3://bucket")
     assert missing
     assert "Create the bucket" in str(missing)
+    skewed = "403 Forbidden: <Code>RequestTimeTooSkewed</Code><Message>The clock is wrong.</Message>"
+    assert permanent_error(PermissionDeniedError(skewed), "s3://bucket") is None
     denied = permanent_error(PermissionError("read only"), "file:///lake")
     assert denied
     assert "read only" in str(denied)
@@ -171,7 +191,14 @@ def test_temporary_faults_are_distinguished_from_permanent_ones() -> None:
 def test_an_error_is_shortened_to_one_line() -> None:
     assert brief(ValueError("first\nsecond")) == "first"
     assert brief(ValueError("")) == "ValueError"
-    assert len(brief(ValueError("x" * 10_000))) <= 300
+    assert len(brief(ValueError("x" * 10_000))) <= 400
+
+
+def test_an_error_of_s3_is_shortened_to_the_request_and_s3s_own_words() -> None:
+    answer = '<?xml version="1.0"?>\n<Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>'
+    request = "Error performing GET http://127.0.0.1/b?list-type=2 in 5ms"
+    error = GenericError(f"Generic S3 error: {request} - Server returned: {answer}\n\nDebug source")
+    assert brief(error) == "GET http://127.0.0.1/b: SlowDown: Reduce your rate."
 
 
 # Opening
@@ -207,6 +234,196 @@ def test_without_credentials_the_error_names_the_variables_to_set() -> None:
 def test_an_s3_lake_is_opened_without_a_request() -> None:
     lake = open_lake("s3://bucket", lambda: S3Access(boto3.Session("key", "secret"), "http://127.0.0.1:1"))
     assert lake.url("a") == "s3://bucket/a"
+
+
+# As AWS, R2 and MinIO are documented to answer
+
+
+@pytest.mark.fault("S3: a wrong region")
+@pytest.mark.parametrize("answer", list(WrongRegion))
+def test_a_bucket_in_another_region_is_told_with_the_region_to_set(answer: WrongRegion) -> None:
+    home = "auto" if answer is WrongRegion.R2 else "eu-west-1"
+    with documented_s3((home,), answer) as s3:
+        expected = "its own" if answer is WrongRegion.R2 else home  # R2's own words say which
+        with pytest.raises(LakeError, match=f"another region. Set AWS_DEFAULT_REGION.* to {expected}") as refused:
+            s3.lake().claim("polygon")
+        assert len(str(refused.value).splitlines()) == 1
+        assert answer is not WrongRegion.R2 or "must be one of: auto" in str(refused.value)
+        s3.lake(region=home).claim("polygon")
+
+
+def test_a_bucket_whose_region_nobody_tells_is_still_told_to_be_in_another_region() -> None:
+    error = GenericError("Received redirect without LOCATION, this normally indicates an incorrectly configured region")
+    assert "another region" in str(permanent_error(error, "s3://bucket"))
+
+
+def test_a_profile_that_does_not_exist_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    with pytest.raises(LakeError, match=r"s3://bucket cannot be reached .*AWS_\*.*no-such-profile") as refused:
+        open_lake("s3://bucket", lambda: S3Access(boto3.Session()))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_profile_without_its_secret_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
+    with pytest.raises(LakeError, match="AWS_SECRET_ACCESS_KEY"):
+        open_lake("s3://bucket", lambda: S3Access(boto3.Session()))
+
+
+@pytest.mark.fault("S3: a KMS key that may not be used")
+def test_a_kms_key_that_may_not_be_used_is_named_with_the_right_that_is_missing() -> None:
+    with documented_s3() as s3:
+        s3.refusal = KMS_REFUSAL
+        with pytest.raises(
+            LakeError, match=r"encrypted with a KMS key.*not authorized to perform: kms:GenerateDataKey"
+        ):
+            s3.lake().claim("polygon")
+
+
+def test_an_etag_that_is_no_md5_conditions_the_next_write_all_the_same() -> None:
+    with documented_s3() as s3:
+        lake = s3.lake()
+        first = obstore.put(lake.store, "a", b"1", mode="create")
+        assert s3.objects["lake/a"][1] != f'"{md5(b"1").hexdigest()}"'
+        obstore.put(lake.store, "a", b"2", mode={"e_tag": first["e_tag"]})
+        with pytest.raises(PreconditionError):
+            obstore.put(lake.store, "a", b"3", mode={"e_tag": first["e_tag"]})
+        assert lake.get("a") == b"2"
+
+
+class _Role:
+    """A profile whose temporary credentials come from a command, as those of single sign-on tools do, and which boto3
+    therefore renews by itself, from ten minutes before their end on."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._credentials = folder / "credentials.json"
+        (folder / "config").write_text(f"[profile role]\ncredential_process = cat {self._credentials}\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
+
+    def session(self) -> boto3.Session:
+        return boto3.Session(profile_name="role", region_name="us-east-1")
+
+    def give(self, token: str) -> None:
+        end = datetime.now(UTC) + timedelta(minutes=5)
+        content = {"Version": 1, "AccessKeyId": "k", "SecretAccessKey": "s", "SessionToken": token}
+        self._credentials.write_text(json.dumps({**content, "Expiration": end.isoformat()}))
+
+
+@pytest.mark.fault("S3: expired credentials")
+def test_temporary_credentials_that_expire_are_renewed_within_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    role = _Role(tmp_path, monkeypatch)
+    with documented_s3() as s3:
+        role.give("first")
+        s3.token = "first"
+        lake = s3.lake(session=role.session())
+        lake.put("a", b"1")
+        role.give("second")
+        s3.token = "second"
+        until(lambda: _is_stored(lake, b"2"), "the second token is used", seconds=5)
+        assert {asked.headers["x-amz-security-token"] for asked in s3.asked} == {"first", "second"}
+
+
+def _is_stored(lake: Lake, content: bytes) -> bool:
+    with contextlib.suppress(*STORE_ERRORS):
+        lake.put("a", content)
+        return lake.get("a") == content
+    return False
+
+
+@pytest.mark.fault("S3: expired credentials")
+def test_credentials_that_have_expired_for_good_are_told_from_wrong_ones() -> None:
+    with documented_s3() as s3:
+        s3.token = "another-session"
+        with pytest.raises(LakeError, match=r"have expired\. Log in again"):
+            s3.lake().claim("polygon")
+
+
+def test_a_login_that_has_ended_is_told_from_wrong_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sso = "sso_start_url = https://nowhere.invalid\nsso_region = us-east-1\nsso_account_id = 1\nsso_role_name = r\n"
+    (tmp_path / "config").write_text(f"[profile desk]\n{sso}")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    session = boto3.Session(profile_name="desk", region_name="us-east-1")
+    lake = open_lake("s3://bucket", lambda: S3Access(session, "http://127.0.0.1:1"))
+    with pytest.raises(LakeError, match=r"have expired\. Log in again"):
+        lake.claim("polygon")
+
+
+@pytest.mark.fault("S3: no credentials for now")
+def test_credentials_that_cannot_be_had_for_now_are_no_reason_to_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    role = _Role(tmp_path, monkeypatch)
+    role.give("first")
+    with documented_s3() as s3:
+        s3.token = "first"
+        lake = s3.lake(session=role.session())
+        lake.claim("polygon")
+        (tmp_path / "credentials.json").unlink()
+        with pytest.raises(UnauthenticatedError, match="CredentialRetrievalError") as failed:
+            until(lambda: lake.claim("polygon"), "new credentials are asked for")
+        assert permanent_error(failed.value, lake.uri) is None
+        role.give("first")
+        until(lambda: _is_stored(lake, b"1"), "the credentials are back", seconds=5)
+
+
+def test_a_refused_list_is_permanent_like_a_refused_write() -> None:
+    listing = GenericError(
+        "Error performing list request: 403 Forbidden: <Code>AccessDenied</Code><Message>No</Message>"
+    )
+    asked_by_boto3 = "An error occurred (AccessDenied) when calling the ListObjectsV2 operation: Access Denied"
+    for error in (listing, GenericError(asked_by_boto3)):
+        assert "refuses these credentials" in str(permanent_error(error, "s3://bucket"))
+
+
+@pytest.mark.fault("S3: versions and delete markers")
+@pytest.mark.parametrize("versions_of", ["SeaweedFS", "moto"])
+def test_a_versioned_bucket_keeps_conditions_over_versions_and_delete_markers(
+    seaweedfs: SeaweedFS, versions_of: str
+) -> None:
+    with contextlib.ExitStack() as servers:
+        if versions_of == "moto":
+            url = servers.enter_context(strict_s3())
+            session = boto3.Session("key", "secret", region_name="us-east-1")
+            client, bucket = session.client("s3", endpoint_url=url), "a-bucket"
+            client.create_bucket(Bucket=bucket)
+            lake = open_lake(f"s3://{bucket}/lake", lambda: S3Access(session, url))
+        else:
+            client, bucket = seaweedfs.client(), seaweedfs.new_bucket()
+            lake = open_lake(f"s3://{bucket}/lake", seaweedfs.access)
+        client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+        first = obstore.put(lake.store, "a", b"1", mode="create")
+        obstore.put(lake.store, "a", b"2", mode={"e_tag": first["e_tag"]})
+        for mode in ("create", {"e_tag": first["e_tag"]}):
+            with pytest.raises((AlreadyExistsError, PreconditionError)):
+                obstore.put(lake.store, "a", b"3", mode=mode)  # type: ignore[arg-type]
+        client.delete_object(Bucket=bucket, Key="lake/a")
+        assert (lake.get("a"), lake.keys("")) == (None, []), "a delete marker is no object"
+        obstore.put(lake.store, "a", b"4", mode="create")
+        assert (lake.get("a"), lake.keys("")) == (b"4", ["a"])
+
+
+# What R2 and MinIO document of PutObject, GetObject and ListObjectsV2, and what every client sends.
+_COMMON_HEADERS = {"accept-encoding", "amz-sdk-invocation-id", "amz-sdk-request"}
+_COMMON_HEADERS |= {"accept", "authorization", "content-length", "host", "user-agent", "if-match", "if-none-match"}
+_COMMON_AMZ = {"x-amz-content-sha256", "x-amz-date", "x-amz-security-token"}
+_COMMON_QUERIES = {"list-type", "prefix", "delimiter", "start-after", "continuation-token", "max-keys", "encoding-type"}
+
+
+def test_a_lake_asks_for_nothing_that_r2_and_minio_do_not_have() -> None:
+    with documented_s3(("auto",), WrongRegion.R2) as s3:
+        lake = s3.lake(region="auto")
+        lake.claim("polygon")
+        lake.put("a", b"1")
+        etag = obstore.put(lake.store, "b", b"1", mode="create")["e_tag"]
+        obstore.put(lake.store, "b", b"2", mode={"e_tag": etag})
+        assert lake.keys("") == ["a", "b", "feed.json"]
+        lake.get_many(["a", "b"], lambda key, content: None)
+        sent = {name for asked in s3.asked for name in asked.headers}
+        assert sent <= _COMMON_HEADERS | _COMMON_AMZ
+        assert {name for asked in s3.asked for name in asked.query} <= _COMMON_QUERIES
+        assert all(asked.path.startswith(f"/{BUCKET}") for asked in s3.asked), "the bucket is in the path"
 
 
 # Many at a time

@@ -37,13 +37,15 @@ class Fault(StrEnum):
     LOST_RESPONSE = "lost response"  # after the server has done it
     SLOW_DOWN = "503 SlowDown"
     INTERNAL_ERROR = "500 InternalError"
-    FORBIDDEN = "403 ExpiredToken"
+    FORBIDDEN = "403 AccessDenied"
+    EXPIRED = "400 ExpiredToken"
 
 
 _ANSWERS = {
     Fault.SLOW_DOWN: (503, "SlowDown", "Please reduce your request rate."),
     Fault.INTERNAL_ERROR: (500, "InternalError", "We encountered an internal error. Please try again."),
-    Fault.FORBIDDEN: (403, "ExpiredToken", "The provided token has expired."),
+    Fault.FORBIDDEN: (403, "AccessDenied", "Access Denied"),
+    Fault.EXPIRED: (400, "ExpiredToken", "The provided token has expired."),
 }
 
 
