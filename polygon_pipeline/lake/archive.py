@@ -117,6 +117,7 @@ def _read_line(number: int, line: bytes, on_error: Callable[[str], object]) -> I
         return
     try:
         found = _decode_line(line)
+        found.accepted()  # a frame that is no array has no events to leave out
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         on_error(f"line {number} cannot be read: {error}")
         return

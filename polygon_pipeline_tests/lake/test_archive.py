@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pyarrow as pa
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from polygon_pipeline.lake.archive import compress, event_line, frame_line, quarantine_line
+from polygon_pipeline.lake.archive import compress, event_line, frame_line, quarantine_line, read_frames
 from polygon_pipeline_tests.support.bars import moments
 
 AT = datetime(2026, 1, 26, 18, 30, 1, 123456, tzinfo=UTC)
@@ -51,6 +52,16 @@ def test_a_frames_line_holds_what_arrived_in_any_layout_of_its_json(
     assert found.pop("frame") == value
     assert datetime.fromisoformat(str(found.pop("received_at"))) == at
     assert found == ({"refused": refused} if refused else {})
+
+
+def test_a_line_that_refuses_events_of_no_array_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    sound = frame_line(AT, b"[1]", [])
+    file = tmp_path / "archive.jsonl"
+    file.write_bytes(frame_line(AT, b'"text"', [1]) + sound)
+    reasons: list[str] = []
+    assert [frame.accepted() for frame in read_frames(file, reasons.append)] == [b"[1]"]
+    (reason,) = reasons
+    assert reason.startswith("line 1 cannot be read")
 
 
 def test_an_event_stands_in_its_line() -> None:
