@@ -18,10 +18,12 @@ from polygon_pipeline.datasets.reference import (
     ReferenceInfo,
     UnreadableReference,
     from_flat_file,
+    page_line,
     read_reference_info,
     same_bars,
 )
 from polygon_pipeline.lake import archive
+from polygon_pipeline.polygon.rest import Page
 from polygon_pipeline_tests.support.bars import DAY, NOON, JsonObject, Row, at, later, reference_row, rest_bar
 from polygon_pipeline_tests.support.day_files import columns, read, reference_file, schema
 
@@ -196,6 +198,16 @@ def test_tickers_that_did_not_trade_make_an_empty_reference(tmp_path: Path) -> N
 def test_a_bar_that_lacks_a_value_is_refused(tmp_path: Path, field: str) -> None:
     with pytest.raises(UnreadableReference, match="a bar of SPY lacks a value"):
         pages(tmp_path, page("SPY", later(0), rest_bar(), {**rest_bar(NOON + 60_000), field: None}))
+
+
+@pytest.mark.parametrize("more", [b'"n": 7, "n": 7', b'"n": 7, "\x94": 1', b'"n": 7, "new":\r\n "x"'])
+def test_what_the_decoder_takes_of_an_answer_is_read_and_costs_no_other_line(tmp_path: Path, more: bytes) -> None:
+    odd = json.dumps([rest_bar()]).encode().replace(b'"n": 7', more)
+    line = page_line(Page("SPY", later(9), odd, is_last=True))
+    assert read(pages(tmp_path, line + page("BRK.B", later(9), rest_bar()), tickers=["SPY", "BRK.B"])) == [
+        reference_row("BRK.B", received_at=later(9)),
+        reference_row("SPY", received_at=later(9)),
+    ]
 
 
 def test_damaged_pages_are_refused(tmp_path: Path) -> None:
