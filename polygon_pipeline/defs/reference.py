@@ -19,7 +19,7 @@ from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_ma
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.writer import column_schema, day_metadata, write_day
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps
-from polygon_pipeline.lake.store import Lake, LakeError
+from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError, brief
 from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline.settings import ConfigurationError
@@ -157,6 +157,20 @@ reference_job = dg.define_asset_job(
 )
 def repair_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SensorResult | dg.SkipReason:
     opened, now = lake.open(), datetime.now(UTC)
+    try:
+        requests, waiting = _repairs(context, opened, now)
+    except STORE_ERRORS as error:  # a failed tick would keep 20 kB of it for a month
+        return dg.SkipReason(f"the lake cannot be read, so no gap is known: {brief(error)}")
+    if requests:
+        return dg.SensorResult(run_requests=requests)
+    later = f"; asked before and asked again: {', '.join(waiting)}" if waiting else ""
+    return dg.SkipReason(f"no gap to repair and no day to complete that the vendor's history could fill by now{later}")
+
+
+def _repairs(
+    context: dg.SensorEvaluationContext, opened: Lake, now: datetime
+) -> tuple[list[dg.RunRequest], list[str]]:
+    """The runs to ask for now, and the days that are asked for later, for people. Raises the store's errors."""
     requests: list[dg.RunRequest] = []
     waiting: list[str] = []
     live = live_run(opened)
@@ -174,10 +188,7 @@ def repair_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg
         requests.append(
             dg.RunRequest(run_key=f"{key}-{len(past) + 1}", partition_key=key, tags={REPAIR_TAG: key, **URGENT})
         )
-    if requests:
-        return dg.SensorResult(run_requests=requests)
-    later = f"; asked before and asked again: {', '.join(waiting)}" if waiting else ""
-    return dg.SkipReason(f"no gap to repair and no day to complete that the vendor's history could fill by now{later}")
+    return requests, waiting
 
 
 def _reason(context: dg.SensorEvaluationContext, lake: Lake, day: date, now: datetime, live: str | None) -> str | None:

@@ -139,6 +139,15 @@ def test_a_gap_requests_the_days_history_after_growing_pauses_until_it_is_materi
         assert isinstance(_sense(instance), dg.SkipReason)
 
 
+def test_a_lake_that_cannot_be_read_is_waited_for(lake_of_history: Lake) -> None:
+    lease = lake_of_history.local_root / layout.LEASE_KEY
+    lease.symlink_to(lease)  # whoever opens it gets an error
+    with dg.DagsterInstance.ephemeral() as instance:
+        waits = _sense(instance)
+    assert isinstance(waits, dg.SkipReason)
+    assert "the lake cannot be read" in (waits.skip_message or "")
+
+
 @pytest.mark.slow
 def test_without_a_rest_url_the_built_in_simulators_past_is_the_history(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
