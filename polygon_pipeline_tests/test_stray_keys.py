@@ -82,7 +82,7 @@ def strays(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Strays]:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket="bucket")
             return {found["Key"] for page in pages for found in page["Contents"]}
 
-        yield Strays(lake, LakeResource(s3=s3, uri=lake.uri), keys)
+        yield Strays(lake, LakeResource(s3=s3), keys)
 
 
 def _on_disk(root: Path, prefixes: list[str]) -> Strays:
@@ -97,13 +97,14 @@ def _on_disk(root: Path, prefixes: list[str]) -> Strays:
     def keys() -> set[str]:
         return {str(file) for file in root.rglob("*") if file.is_file()}
 
-    return Strays(lake, LakeResource(s3=S3Resource(), uri=lake.uri), keys)
+    return Strays(lake, LakeResource(s3=S3Resource()), keys)
 
 
 def test_a_key_that_is_not_ours_is_told_and_left_and_nothing_waits_for_it(
     strays: Strays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lake = strays.lake
+    monkeypatch.setenv("LAKE_URI", lake.uri)
     before = strays.keys()
 
     # The publisher
