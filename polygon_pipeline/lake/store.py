@@ -328,7 +328,9 @@ def _s3_store(bucket: str, prefix: str, access: S3Access) -> S3Store:
     client: ClientConfig = {
         "timeout": timedelta(seconds=60),
         "connect_timeout": timedelta(seconds=5),
-        "allow_http": True,  # plain http is refused for anything but loopback where the endpoint is configured
+        # Its host is this machine, which is checked where the endpoint is configured. The library follows redirects,
+        # and this keeps them encrypted.
+        "allow_http": (access.endpoint_url or "").lower().startswith("http://"),
         "allow_invalid_certificates": not access.verify_certificates,
     }
     if access.ca_bundle is not None:

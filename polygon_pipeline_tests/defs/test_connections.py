@@ -197,3 +197,30 @@ def test_a_refused_certificate_of_the_flat_files_is_named(
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tls.certificate))
     fetch()
     assert (tmp_path / "day").read_bytes() == b"{}"
+
+
+def test_the_certificates_of_ssl_cert_file_are_trusted_by_the_stream_and_the_history(
+    tls: TlsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = RateLimit(tmp_path / "limit", 1000, 1.0)
+    history = RestHistory(tls.url, "a-secret-key", limit, backoff=tenacity.wait_none())
+    with pytest.raises(HistoryUnavailable, match="certificate"):
+        history.traded_tickers(DAY)
+    with Watched(tls.url.replace("https://", "wss://")) as watched:
+        assert "certificate verify failed" in watched.next(EventKind.DISCONNECTED).detail
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
+    assert RestHistory(tls.url, "a-secret-key", limit).traded_tickers(DAY) == []
+    with Watched(tls.url.replace("https://", "wss://")) as watched:
+        assert "Handshake status 200" in watched.next(EventKind.DISCONNECTED).detail
+
+
+def test_a_redirect_does_not_lead_s3_to_an_unencrypted_server(
+    tmp_path: Path, listeners: Callable[[], Listener], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = listeners()
+    with tls_server(tmp_path, leads_to=f"http://127.0.0.1:{other.port}/") as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(server.certificate))
+        with pytest.raises(STORE_ERRORS):
+            LakeResource(s3=S3Resource()).open().get("anything")
+    assert not other.heard

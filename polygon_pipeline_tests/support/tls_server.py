@@ -26,8 +26,12 @@ class TlsServer(NamedTuple):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(302 if self.server.leads_to else 200)
+        if self.server.leads_to:
+            self.send_header("Location", self.server.leads_to)
         self.send_header("Content-Length", "2")
         self.send_header("ETag", '"1"')
         self.send_header("Last-Modified", "Mon, 26 Jan 2026 18:30:00 GMT")
@@ -39,16 +43,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
+    leads_to: str | None = None
+
     def handle_error(self, *_: object) -> None:
         """A client that refuses the certificate is expected."""
 
 
 @contextmanager
-def tls_server(folder: Path) -> Iterator[TlsServer]:
+def tls_server(folder: Path, leads_to: str | None = None) -> Iterator[TlsServer]:
+    """leads_to: where it redirects every request, instead of answering it."""
     certificate, key = _make_certificate(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     with _Server(("127.0.0.1", 0), _Handler) as server:
+        server.leads_to = leads_to
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
