@@ -226,9 +226,10 @@ class Stream:
 
         def watch() -> None:
             while not done.wait(0.2):
-                if socket.sock and (self._stop.is_set() or time.monotonic() > deadline):
+                opened = socket.sock  # set once TCP and TLS are there, and taken away when connecting fails
+                if opened and (self._stop.is_set() or time.monotonic() > deadline):
                     with contextlib.suppress(OSError):
-                        socket.sock.shutdown(sockets.SHUT_RDWR)
+                        opened.shutdown(sockets.SHUT_RDWR)
 
         watching = threading.Thread(target=watch, name="connecting", daemon=True)
         watching.start()
