@@ -60,6 +60,9 @@ DRAIN_SECONDS = 60.0
 # How often the publisher looks for new records: bars come in bursts, and a burst is one batch.
 _LINGER_SECONDS = 0.2
 
+# Who waits so long for the next connection was evicted or refused: somebody should look.
+_ALARMING_SECONDS = 60.0
+
 _POLL_SECONDS = 0.5
 
 # The stream ends within 12 s of a stop, unless the system's resolver of names hangs: then the run ends without it.
@@ -294,7 +297,8 @@ class _Run:
             self._connected = event.kind is EventKind.SUBSCRIBED
         routine = event.kind in (EventKind.CONNECTED, EventKind.SUBSCRIBED) or self._stop_stream.is_set()
         retry = "" if event.retry_seconds is None else f"; next attempt in {event.retry_seconds:.1f} s"
-        self._messages.put((logging.INFO if routine else logging.WARNING, f"{event.kind}: {event.detail}{retry}"))
+        level = logging.ERROR if (event.retry_seconds or 0) > _ALARMING_SECONDS else logging.WARNING
+        self._messages.put((logging.INFO if routine else level, f"{event.kind}: {event.detail}{retry}"))
 
     def _may_return(self) -> bool:
         """Whether to connect again after an eviction: without the lease, the other may be the one that has it now."""

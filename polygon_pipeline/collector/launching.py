@@ -21,6 +21,7 @@ _WITHOUT_LEASE = timedelta(minutes=3)
 _QUIET_SECONDS = 180.0
 _FIRST_PAUSE = timedelta(seconds=30)
 _LONGEST_PAUSE = timedelta(minutes=10)
+_AFTER_REFUSAL = timedelta(minutes=2)
 
 
 class Outcome(Enum):
@@ -31,7 +32,11 @@ class Outcome(Enum):
     STOPPED = auto()
     INTERRUPTED = auto()
     FAILED = auto()
-    FAILED_FOR_GOOD = auto()  # credentials or configuration: trying again cannot help
+    FAILED_FOR_GOOD = auto()  # credentials or configuration: where it is so again, trying on cannot help
+
+
+# These had been accepted when they ended.
+_WORKED = frozenset({Outcome.SUCCEEDED, Outcome.STOPPED, Outcome.INTERRUPTED})
 
 
 @dataclass(frozen=True)
@@ -110,18 +115,26 @@ def decide_session(day: date, now: datetime, loaded_at: datetime, runs: Sequence
             return Wait(f"{day} is collected")
         case Outcome.STOPPED:
             return Wait(f"the collector of {day} was terminated by hand; launch collect_aggregates to go on")
-        case Outcome.FAILED_FOR_GOOD if last.ended_at and last.ended_at > loaded_at:
+        case Outcome.FAILED_FOR_GOOD if _is_refused(runs, loaded_at):
             return Wait(
                 f"attempt {len(mine)} at {day} failed in a way that trying again cannot correct; see its error, then "
                 "restart Dagster (the environment is read at start)"
             )
     failures = 0
     for run in mine:
-        if run.outcome is not Outcome.FAILED:
+        if run.outcome not in (Outcome.FAILED, Outcome.FAILED_FOR_GOOD):
             break
         failures += 1
-    # The first failure is answered at once; a run that keeps failing is given time.
+    # The first failure is answered at once; a run that keeps failing is given time, and so is a refusal.
     pause = min(_FIRST_PAUSE * 2 ** min(failures - 2, 10), _LONGEST_PAUSE) if failures > 1 else timedelta()
+    if last.outcome is Outcome.FAILED_FOR_GOOD and last.ended_at and last.ended_at > loaded_at:
+        pause = max(pause, _AFTER_REFUSAL)
     if last.ended_at and now < last.ended_at + pause:
         return Wait(f"attempt {len(mine)} at {day} failed; the next is due {last.ended_at + pause:%H:%M:%S} UTC")
     return Start(day, attempt)
+
+
+def _is_refused(runs: Sequence[PastRun], loaded_at: datetime) -> bool:
+    """Whether what the environment says was refused from the start and again. What worked once is asked for again."""
+    outcomes = [run.outcome for run in runs if run.ended_at and run.ended_at > loaded_at]
+    return outcomes.count(Outcome.FAILED_FOR_GOOD) > 1 and not _WORKED.intersection(outcomes)

@@ -31,7 +31,7 @@ from polygon_pipeline.defs.supervision import (
     report_canceling,
 )
 from polygon_pipeline.lake.ledger import SESSION_OVER, Gap
-from polygon_pipeline.lake.store import LakeError
+from polygon_pipeline.lake.store import LakeError, NoCredentials
 from polygon_pipeline.market import calendar
 from polygon_pipeline.polygon.stream import StreamRefused
 from polygon_pipeline.settings import ConfigurationError, Settings
@@ -239,9 +239,10 @@ def _as_text(gap: Gap) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _permanent(context: dg.OpExecutionContext, *errors: type[Exception]) -> Iterator[None]:
-    """Marks the run where these errors end it: the sensor does not try again what cannot help."""
+    """Marks the run where these errors end it: the sensor tries again only what may have passed by itself."""
     try:
         yield
     except errors as error:
-        context.instance.add_run_tags(context.run_id, {FAILED_FOR_GOOD_TAG: type(error).__name__})
+        if not isinstance(error, NoCredentials):
+            context.instance.add_run_tags(context.run_id, {FAILED_FOR_GOOD_TAG: type(error).__name__})
         raise dg.Failure(str(error), allow_retries=False) from error

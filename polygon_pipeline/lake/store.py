@@ -70,12 +70,17 @@ _BOTO3 = re.compile(r"An error occurred \((\w+)\) when calling the \w+ operation
 _EXPIRED = {"ExpiredToken", "TokenRefreshRequired"}
 _PROVIDER = "External AWS credential provider"  # whoever gives out credentials may be away for a while
 _LOGGED_OUT = ("SSOTokenLoadError", "UnauthorizedSSOTokenError")  # boto3's, where obstore asks it for credentials
+_CLOCK = {"RequestTimeTooSkewed", "RequestExpired"}  # this machine's, which may be set right
 _REFUSED = {"AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
 _REFUSED_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 
 
 class LakeError(Exception):
     """The lake cannot be used as it is configured; the text says what to correct."""
+
+
+class NoCredentials(LakeError):
+    """No credentials were found; the service that hands them out may be away."""
 
 
 class _Claim(msgspec.Struct):
@@ -276,7 +281,7 @@ def permanent_error(
             "refuses these credentials: they have expired. Log in again; for a collector use a role or a profile that "
             "boto3 can renew by itself."
         )
-    elif _PROVIDER in text or code == "RequestTimeTooSkewed":  # a clock may be set right
+    elif _PROVIDER in text or code in _CLOCK:
         return None
     elif (
         isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
@@ -336,7 +341,7 @@ def _s3_store(bucket: str, prefix: str, access: S3Access) -> S3Store:
     if access.ca_bundle is not None:
         client["root_certificate"] = access.ca_bundle
     if not access.unsigned and access.session.get_credentials() is None:
-        raise LakeError(
+        raise NoCredentials(
             "No AWS credentials were found for LAKE_URI. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "AWS_PROFILE, or give the machine a role."
         )

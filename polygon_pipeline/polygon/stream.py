@@ -44,7 +44,7 @@ _SOCKET_ERRORS = (websocket.WebSocketException, OSError, ValueError)
 
 
 class StreamRefused(Exception):
-    """The server will not serve these credentials or subscriptions; trying again cannot help."""
+    """The server will not serve these credentials or subscriptions, and never did in this stream's life."""
 
 
 class EventKind(StrEnum):
@@ -70,7 +70,7 @@ class Backoff:
 
     A connection that was healthy for a minute starts the series again. After an eviction (`max_connections`) the
     wait is minutes: the account's other connection took over, and two collectors that come back at once would
-    evict each other for ever.
+    evict each other for ever. So it is after a refusal that may pass.
     """
 
     random: random.Random = field(default_factory=random.Random)
@@ -106,6 +106,7 @@ class _Connection:
     readable: bool = True
     warning: str | None = None
     evicted: bool = False
+    refused: bool = False
 
     @property
     def live_seconds(self) -> float:
@@ -155,6 +156,7 @@ class Stream:
         self._quiet_limit = quiet_limit
         self._may_return = may_return
         self._patience = 1.0
+        self._accepted = False
 
     def run(self) -> None:
         """Returns when stopped. Raises StreamRefused where trying again cannot help."""
@@ -178,7 +180,7 @@ class Stream:
             if self._stop.is_set():
                 self._report(ConnectionEvent(EventKind.DISCONNECTED, cause))
                 return
-            delay = self._backoff.next_delay(connection.live_seconds, connection.evicted)
+            delay = self._backoff.next_delay(connection.live_seconds, connection.evicted or connection.refused)
             self._report(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3)))
             self._stop.wait(delay)
             while connection.evicted and not self._stop.is_set() and not self._may_return():
@@ -301,15 +303,17 @@ class Stream:
                 if not connection.unacknowledged and not connection.subscribed:
                     self._mark_subscribed(connection)
             case "auth_failed":
-                raise StreamRefused(
+                self._refuse(
+                    connection,
                     f"{self._url} refused the API key ({status.message or status.status}). "
-                    "Set POLYGON_API_KEY to a key whose plan includes WebSocket access, then start again."
+                    "Set POLYGON_API_KEY to a key whose plan includes WebSocket access, then start again.",
                 )
             case "error" if connection.unacknowledged:
                 missing = ", ".join(sorted(connection.unacknowledged))
-                raise StreamRefused(
+                self._refuse(
+                    connection,
                     f"{self._url} refused a subscription ({status.message or status.status}). Not acknowledged: "
-                    f"{missing}. Check POLYGON_CHANNELS and POLYGON_TICKERS against what the plan includes."
+                    f"{missing}. Check POLYGON_CHANNELS and POLYGON_TICKERS against what the plan includes.",
                 )
             case "max_connections":
                 connection.evicted = True
@@ -317,12 +321,20 @@ class Stream:
             case _:  # slow_consumer, force_disconnect, auth_timeout, and whatever the vendor adds
                 self._warn(status, connection)
 
+    def _refuse(self, connection: _Connection, reason: str) -> None:
+        """Ends the stream; but what was accepted before is asked for again, minutes later."""
+        if not self._accepted:
+            raise StreamRefused(reason)
+        connection.refused = True
+        raise _Disconnected(f"{reason} It accepted the same before, so this may pass.")
+
     def _warn(self, status: Status, connection: _Connection) -> None:
         connection.warning = f"the server said {status.status} ({status.message})"
         self._report(ConnectionEvent(EventKind.WARNED, connection.warning))
 
     def _mark_subscribed(self, connection: _Connection) -> None:
         connection.subscribed = connection.last_frame = time.monotonic()
+        self._accepted = True
         confirmed = len(self._topics) - len(connection.unacknowledged)
         self._report(ConnectionEvent(EventKind.SUBSCRIBED, f"{confirmed} of {len(self._topics)} topics"))
 

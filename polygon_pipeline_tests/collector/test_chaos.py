@@ -25,7 +25,7 @@ from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK
 from polygon_pipeline.polygon import stream
-from polygon_pipeline.polygon.stream import Backoff, StreamRefused
+from polygon_pipeline.polygon.stream import Backoff
 from polygon_pipeline.simulator import exchange as exchange_module
 from polygon_pipeline.simulator.exchange import Exchange, Served
 from polygon_pipeline.simulator.faults import AT_AUTHENTICATION, Fault, Faults, FaultType, OutgoingFrame
@@ -112,13 +112,13 @@ def test_a_feed_that_does_not_wait_leaves_gaps_with_their_causes_and_loses_nothi
     tell(session, "real time", say)
 
 
-def test_a_refused_key_ends_the_run_at_once_and_what_was_received_before_is_kept(
+def test_a_key_that_is_refused_after_it_was_accepted_is_tried_again_and_nothing_is_lost(
     feed: list[Event], tmp_path: Path
 ) -> None:
     faults = Faults([Fault(FaultType.DROP, after_frames=20), Fault(FaultType.AUTH_FAILED, after_frames=20)])
     session = collect(feed, faults, tmp_path)
-    assert isinstance(session.failure, StreamRefused)
-    assert len(session.exchange.served) == 1
+    assert session.failure is None
+    assert len(session.exchange.served) == 2
     assert len(session.exchange.served[0].frames) == 20
     holds(session)
 

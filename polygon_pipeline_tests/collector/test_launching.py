@@ -91,9 +91,16 @@ def test_the_sessions_last_run_decides_and_every_attempt_has_its_own_number(
         case Outcome.INTERRUPTED:
             assert isinstance(decision, Start)
         case Outcome.FAILED_FOR_GOOD:
-            assert isinstance(decision, Wait) == (last.ended_at > loaded_at)
+            since = [run.outcome for run in runs if run.ended_at and run.ended_at > loaded_at]
+            worked = {Outcome.SUCCEEDED, Outcome.STOPPED, Outcome.INTERRUPTED}.intersection(since)
+            if since.count(Outcome.FAILED_FOR_GOOD) > 1 and not worked:
+                assert isinstance(decision, Wait)
+            elif now >= last.ended_at + timedelta(minutes=10):
+                assert isinstance(decision, Start)
         case _:
-            if now >= last.ended_at + timedelta(minutes=10) or [run.outcome for run in mine[1:2]] != [Outcome.FAILED]:
+            before = {run.outcome for run in mine[1:2]}
+            again = before <= {Outcome.FAILED, Outcome.FAILED_FOR_GOOD} and before
+            if now >= last.ended_at + timedelta(minutes=10) or not again:
                 assert isinstance(decision, Start)
 
 
@@ -115,6 +122,29 @@ def test_a_run_that_keeps_failing_is_started_again_with_increasing_numbers_and_p
         failures = failures + 1 if outcome is Outcome.FAILED else 0
         expected = min(30 * 2 ** (failures - 2), 600) if failures > 1 else 0
         assert expected <= pause.total_seconds() <= expected + 5
+
+
+_REFUSED, _MINUTE = Outcome.FAILED_FOR_GOOD, timedelta(minutes=1)
+
+
+def _after(*outcomes: Outcome, waited: timedelta) -> Start | Wait:
+    """The decision about a session after these runs, a minute apart; Dagster was started with the first one."""
+    runs = [PastRun(DAY, outcome, _OPEN + _MINUTE * number) for number, outcome in enumerate(outcomes, start=1)]
+    return decide_live(_OPEN + _MINUTE * len(runs) + waited, _OPEN, runs[::-1])
+
+
+@pytest.mark.parametrize("before", [(), (Outcome.INTERRUPTED,), (Outcome.INTERRUPTED, _REFUSED, _REFUSED, _REFUSED)])
+def test_a_refusal_that_is_the_first_or_of_what_worked_before_is_tried_again_after_minutes(
+    before: tuple[Outcome, ...],
+) -> None:
+    assert isinstance(_after(*before, _REFUSED, waited=_MINUTE), Wait)
+    assert isinstance(_after(*before, _REFUSED, waited=10 * _MINUTE), Start)
+
+
+def test_what_was_refused_from_the_start_and_again_is_not_tried_any_more() -> None:
+    decision = _after(_REFUSED, _REFUSED, waited=timedelta(hours=5))
+    assert isinstance(decision, Wait)
+    assert "cannot correct" in decision.reason
 
 
 # How long a run lasts

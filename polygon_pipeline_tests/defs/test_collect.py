@@ -38,6 +38,22 @@ def test_a_wrong_key_fails_the_run_at_once_and_names_the_variable_to_correct(
     assert failure.value.allow_retries is False
 
 
+@pytest.mark.parametrize(("channels", "for_good"), [("AM", False), ("T", True)])
+def test_a_run_that_finds_no_credentials_is_tried_again_and_one_whose_configuration_is_wrong_is_not(
+    channels: str, for_good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"LAKE_URI": "s3://bucket", "POLYGON_API_KEY": "a-key", "POLYGON_TICKERS": "SPY"}
+    for name, value in {**environment, "POLYGON_CHANNELS": channels}.items():
+        monkeypatch.setenv(name, value)
+    job = build_defs().get_job_def("collect_aggregates")
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = job.execute_in_process(instance=instance, raise_on_error=False)
+        run = instance.get_run_by_id(result.run_id)
+    assert run
+    assert not result.success
+    assert (collect.FAILED_FOR_GOOD_TAG in run.tags) == for_good
+
+
 def test_a_termination_by_hand_is_noted_when_it_comes_and_not_when_the_run_has_drained() -> None:
     stop = StopRequest()
     with dg.DagsterInstance.ephemeral() as instance:

@@ -14,6 +14,8 @@ from typing import Any
 import boto3
 import obstore
 import pytest
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import CredentialRetrievalError
 from obstore.exceptions import (
     AlreadyExistsError,
     GenericError,
@@ -178,6 +180,8 @@ def test_a_folder_that_is_a_file_cannot_be_claimed(tmp_path: Path) -> None:
 def test_temporary_faults_are_distinguished_from_permanent_ones() -> None:
     assert permanent_error(GenericError("connection refused"), "s3://bucket") is None
     assert permanent_error(TimeoutError(), "s3://bucket") is None
+    for sign in ("RequestTimeTooSkewed", "RequestExpired"):
+        assert permanent_error(PermissionDeniedError(f"403: <Code>{sign}</Code>"), "s3://bucket") is None
     missing = permanent_error(GenericError("404: <Code>NoSuchBucket</Code>"), "s3://bucket")
     assert missing
     assert "Create the bucket" in str(missing)
@@ -186,6 +190,24 @@ def test_temporary_faults_are_distinguished_from_permanent_ones() -> None:
     denied = permanent_error(PermissionError("read only"), "file:///lake")
     assert denied
     assert "read only" in str(denied)
+
+
+def test_a_credential_service_that_is_away_is_no_refusal(seaweedfs: SeaweedFS) -> None:
+    class Credentials:
+        away = True
+
+        def get_frozen_credentials(self) -> ReadOnlyCredentials:
+            if self.away:
+                raise CredentialRetrievalError(provider="iam-role", error_msg="the metadata service is away")
+            return ReadOnlyCredentials(seaweedfs.access_key, seaweedfs.secret_key, None)
+
+    session, credentials = seaweedfs.address.session(), Credentials()
+    session.get_credentials = lambda: credentials  # type: ignore[method-assign,assignment,return-value]
+    lake = open_lake(f"s3://{seaweedfs.new_bucket()}", lambda: S3Access(session, seaweedfs.endpoint_url))
+    with pytest.raises(STORE_ERRORS):  # which a collector tries again
+        lake.claim("polygon")
+    credentials.away = False
+    lake.claim("polygon")
 
 
 def test_an_error_is_shortened_to_one_line() -> None:

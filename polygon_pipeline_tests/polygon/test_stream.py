@@ -204,6 +204,40 @@ def test_a_subscription_the_plan_lacks_ends_it_with_what_was_not_acknowledged() 
     assert kinds(watched) == [EventKind.CONNECTED, EventKind.REFUSED]
 
 
+@pytest.mark.parametrize("refusal", ["auth_failed", "error"])
+def test_what_is_refused_after_it_was_accepted_is_asked_for_again_minutes_later(
+    refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    patient = Backoff.next_delay
+
+    def impatient(self: Backoff, live_seconds: float, evicted: bool) -> float:
+        waits.append(patient(self, live_seconds, evicted))
+        return 0.0
+
+    monkeypatch.setattr(Backoff, "next_delay", impatient)
+
+    def script(client: Script) -> None:
+        if client.number == 2:
+            client.say(status("connected"))
+            client.hear()
+            if refusal == "error":
+                client.say(status("auth_success"))
+                client.hear()
+            client.say(status(refusal, "not now"))
+        client.begin()
+        if client.number == 3:
+            client.wait_until_the_client_goes()
+
+    with scripted(script) as server, Watched(server) as watched:
+        watched.next(EventKind.SUBSCRIBED)
+        watched.next(EventKind.DISCONNECTED)
+        assert "(not now)" in watched.next(EventKind.DISCONNECTED).detail
+        watched.next(EventKind.SUBSCRIBED)
+    assert watched.error is None
+    assert waits[1] >= 120
+
+
 def test_an_error_after_everything_was_acknowledged_is_only_a_warning() -> None:
     def script(client: Script) -> None:
         client.begin()
