@@ -48,7 +48,7 @@ from polygon_pipeline.collector.journal import (
 from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Lease
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.lake.archive import ArchivedEvent
-from polygon_pipeline.lake.ledger import Account, TimeBase
+from polygon_pipeline.lake.ledger import Account, TimeBase, read_ledgers
 from polygon_pipeline.lake.store import STORE_ERRORS, Lake, brief, permanent_error
 from polygon_pipeline.polygon.stream import Backoff, ConnectionEvent, EventKind, Stream
 
@@ -171,6 +171,8 @@ class _Run:
             time_base=plan.time_base,
         )
         self._journal = Journal(plan.journal_dir, header)
+        for leftover in self._leftovers:
+            self._journal.continue_after(leftover.last_received_at())
         self._publisher = Publisher(lake, self._journal, header)
         self._lease = Lease(lake, plan.run, plan.owner)
         self._stop_stream = threading.Event()
@@ -323,6 +325,7 @@ class _Run:
             # Whose journal is locked here has no process any more, so its lease need not run out.
             ended = {journal.header.run for journal in self._leftovers}
             self._persist(lambda: self._lease.acquire(self._wait_unless_draining, ended))
+            self._persist(self._continue_after_earlier_runs)
             self._enter(Phase.COLLECTING)
             renewing = self._thread("lease", self._renew)
             # Lost runs first: their bars are older, and so revisions reach the lake in the order they came.
@@ -348,6 +351,11 @@ class _Run:
         finally:
             for journal in self._leftovers:
                 journal.release()
+
+    def _continue_after_earlier_runs(self) -> None:
+        """Their frames are older than this run's, whatever the clocks said. They are over: this run has the lease."""
+        for ledger in read_ledgers(self._lake, self._plan.session_date).ledgers:
+            self._journal.continue_after(ledger.account.last_received_at)
 
     def _recover(self, journal: LeftoverJournal) -> None:
         """Publishes what a lost run left, and completes its ledger."""

@@ -190,6 +190,13 @@ class Journal(Segments):
                 self._close_segment()
             self._changed.notify_all()
 
+    def continue_after(self, moment: datetime | None) -> None:
+        """Stamps no record with that time or an earlier one: earlier runs received until then, by clocks of their own,
+        and the time alone orders a bar's revisions."""
+        if moment is not None:
+            with self._changed:
+                self._last_us = max(self._last_us, round(moment.timestamp() * 1_000_000))
+
     def rotate(self) -> None:
         """Closes the segment under way, so that it is archived now. Does nothing to an empty one."""
         with self._changed:
@@ -278,6 +285,14 @@ class LeftoverJournal(Segments):
     def __init__(self, folder: Path, lock_file: int) -> None:
         super().__init__(folder, lock_file)
         self.header = msgspec.json.decode((folder / "journal.json").read_bytes(), type=JournalHeader)
+
+    def last_received_at(self) -> datetime | None:
+        """When the run received its last record that is still here."""
+        for number in reversed(self.numbers()):
+            records = list(self.read(number, 0, self.end_of(number)[0]))
+            if records:
+                return records[-1].received_at
+        return None
 
     def end_of(self, number: int) -> tuple[int, bool]:
         if not self.path(number).exists():

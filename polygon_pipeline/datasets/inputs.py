@@ -6,6 +6,7 @@ read. Does not belong here: what a normalized row is (datasets.normalize).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from polygon_pipeline.datasets.reference import ReferenceInfo, UnreadableReferen
 from polygon_pipeline.datasets.session import DuckSession
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
+from polygon_pipeline.lake.ledger import read_ledgers
 from polygon_pipeline.lake.records import BarRecord, decode_record
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
@@ -45,6 +47,7 @@ class RawInputs:
     """What is fetched before a day is normalized. frames: keys by local file; objects: keys of raw-data by bar.
 
     unreadable, strays: as in RawDay, as far as they are known.
+    revised: of these bars, those whose object may be a later revision than any frame of theirs.
     """
 
     day: date
@@ -54,22 +57,45 @@ class RawInputs:
     reference: Path | None
     unreadable: dict[str, str]
     strays: list[str]
+    revised: frozenset[tuple[str, int]]
 
 
 def fetch_raw(lake: Lake, day: date, channel: Channel, folder: Path) -> RawInputs:
     """Fetches what a day's normalized bars are made of, but for the objects that the frames may cover."""
-    objects = {key: layout.parse_raw_key(key) for key in lake.keys(layout.raw_prefix(channel, day))}
-    archives = {key: layout.is_frames_key(key) for key in lake.keys(layout.frames_prefix(day))}
+    written = lake.modified(layout.raw_prefix(channel, day))
+    archives = lake.modified(layout.frames_prefix(day))
+    objects = {bar: key for key in written if (bar := layout.parse_raw_key(key))}
     unreadable: dict[str, str] = {}
+    frames = [key for key in archives if layout.is_frames_key(key)]
+    # An archive that comes from here on is not fetched, and so no object is passed over because of it.
+    revised = _maybe_revised(
+        lake, day, {bar: written[key] for bar, key in objects.items()}, [archives[key] for key in frames]
+    )
+    ours = {*objects.values(), *frames}
     return RawInputs(
         day,
         channel,
-        _fetch_frames(lake, [key for key, is_archive in archives.items() if is_archive], folder),
-        {bar: key for key, bar in objects.items() if bar},
+        _fetch_frames(lake, frames, folder),
+        objects,
         fetch_reference(lake, day, folder, unreadable) if channel is REFERENCE_BARS.channel else None,
         unreadable,
-        [key for key, is_ours in (objects | archives).items() if not is_ours],
+        [key for key in (*written, *archives) if key not in ours],
+        revised,
     )
+
+
+def _maybe_revised(
+    lake: Lake, day: date, objects: Mapping[tuple[str, int], datetime], archived: Iterable[datetime]
+) -> frozenset[tuple[str, int]]:
+    """The bars whose object may be later than their frames: a run writes an object before the archive with its frame.
+
+    So it was written after every archive, or some run archived nothing; then each of them may be. objects, archived:
+    when each was written.
+    """
+    if any(not ledger.write_frames for ledger in read_ledgers(lake, day).ledgers):
+        return frozenset(objects)
+    last = max(archived, default=None)
+    return frozenset(bar for bar, written in objects.items() if last and written > last)
 
 
 def fetch_reference(lake: Lake, day: date, folder: Path, unreadable: dict[str, str] | None = None) -> Path | None:
@@ -92,18 +118,18 @@ def fetch_reference(lake: Lake, day: date, folder: Path, unreadable: dict[str, s
 def normalize_day(lake: Lake, inputs: RawInputs, target: Path, space: Path | DuckSession) -> RawDay:
     """Writes a day's normalized bars to a local Parquet file, from raw-frames and the raw-data they do not cover.
 
-    The frames are the fuller record, so an object is read only where no frame has its bar: a bucket that another
-    program fills in the specified format normalizes just as well. Minute bars are merged with the lake's reference of
-    the day, which alone also makes a day that no collector recorded. space: as in DuckSession. Raises NoBars.
+    The frames are the fuller record, so an object is read only where no frame has its bar or where it may be a later
+    revision: a bucket that another program fills in the specified format normalizes just as well. Minute bars are
+    merged with the lake's reference of the day, which alone also makes a day that no collector recorded. space: as in
+    DuckSession. Raises NoBars.
     """
     raw = RawDay(len(inputs.frames), unreadable=dict(inputs.unreadable), strays=inputs.strays)
     with Normalization(inputs.day, inputs.channel, space) as normalization:
         normalization.add_frames(list(inputs.frames))
-        if uncovered := normalization.uncovered(inputs.objects):
-            keys = [inputs.objects[bar] for bar in uncovered]
-            bars = _fetch_records(lake, keys, inputs.day, raw.unreadable)
-            raw.records = len(bars)
-            normalization.add_bars(bars)
+        wanted = inputs.revised.union(normalization.uncovered(inputs.objects))
+        if wanted:
+            bars = _fetch_records(lake, sorted(inputs.objects[bar] for bar in wanted), inputs.day, raw.unreadable)
+            raw.records = normalization.add_bars(bars)
         if inputs.reference is not None:
             raw.reference = read_reference_info(inputs.reference)
             normalization.add_reference(inputs.reference)

@@ -17,9 +17,10 @@ DuckDB reads those five times as fast as Python does.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date, datetime
+from datetime import UTC, date, datetime, timedelta
 from enum import Enum, auto
 from itertools import islice
 from pathlib import Path
@@ -98,6 +99,7 @@ _NORMALIZED = """
     ORDER BY ticker, start_ms
 """
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Rows that Python hands to DuckDB at once.
 _BATCH_ROWS = 50_000
 
@@ -150,10 +152,18 @@ class Normalization(DuckSession):
         self._read_archives()
         return sorted(wanted.difference(self.rows("SELECT DISTINCT ticker, start_ms FROM arrivals")))
 
-    def add_bars(self, bars: Iterable[tuple[Arrival, datetime]]) -> None:
-        """Adds bars that are not in frames, each with the time (aware) it arrived."""
+    def add_bars(self, bars: Iterable[tuple[Arrival, datetime]]) -> int:
+        """Adds bars, each with the time (aware) it arrived, where no added frame has it as late; returns how many."""
         self._read_archives()
-        self._insert((*bar, at, 0) for bar, at in bars)
+        latest = "SELECT ticker, start_ms, epoch_us(max(received_at)) FROM arrivals GROUP BY ALL"
+        known = {(ticker, start_ms): at_us for ticker, start_ms, at_us in self.rows(latest)}
+        later = [
+            (*bar, at, 0)
+            for bar, at in bars
+            if (at - _EPOCH) // timedelta(microseconds=1) > known.get((bar.ticker, bar.start_ms), -math.inf)
+        ]
+        self._insert(later)
+        return len(later)
 
     def add_reference(self, file: Path) -> None:
         """Adds the vendor's history of the day (a reference file); write() then merges it in. Minutes only."""

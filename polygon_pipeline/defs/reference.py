@@ -167,9 +167,7 @@ def repair_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg
     return dg.SkipReason(f"no gap to repair and no day to complete that the vendor's history could fill by now{later}")
 
 
-def _repairs(
-    context: dg.SensorEvaluationContext, opened: Lake, now: datetime
-) -> tuple[list[dg.RunRequest], list[str]]:
+def _repairs(context: dg.SensorEvaluationContext, opened: Lake, now: datetime) -> tuple[list[dg.RunRequest], list[str]]:
     """The runs to ask for now, and the days that are asked for later, for people. Raises the store's errors."""
     requests: list[dg.RunRequest] = []
     waiting: list[str] = []

@@ -186,6 +186,11 @@ class Lake:
                 found = _folders_s3(self.uri, self.s3, prefix)
         return sorted(folder.removesuffix("/").rpartition("/")[2] for folder in found)
 
+    def modified(self, prefix: str) -> dict[str, datetime]:
+        """The keys below a prefix, sorted, and when each was last written, by the store's own clock."""
+        found = {meta["path"]: meta["last_modified"] for page in self.pages(prefix) for meta in page}
+        return dict(sorted(found.items()))
+
     def get_many(self, keys: Sequence[str], use: Callable[[str, bytes], object]) -> None:
         """Fetches many objects, many at a time, and calls `use(key, content)` for each, in no order."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from polygon_pipeline.collector import journal
 from polygon_pipeline.collector.collector import Collector, Progress
 from polygon_pipeline.collector.journal import JournalError, leftovers
 from polygon_pipeline.collector.lease import Lease, read_lease
+from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
@@ -20,6 +22,7 @@ from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline_tests.support.archives import archived_lines
 from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar
 from polygon_pipeline_tests.support.collecting import plan
+from polygon_pipeline_tests.support.day_files import read
 from polygon_pipeline_tests.support.feeds import event
 from polygon_pipeline_tests.support.journals import finished_journal, frame_of, publish_leftovers, read_ledger
 from polygon_pipeline_tests.support.lakes import local_lake
@@ -144,3 +147,37 @@ def test_a_run_that_is_evicted_while_its_lease_cannot_be_confirmed_waits_and_say
         finally:
             server.leaving.set()
     assert caplog.text.count("whose turn it is") == 1
+
+
+@pytest.mark.parametrize("left", ["published", "in the journal"])
+def test_a_later_run_has_the_latest_revision_although_the_clock_stepped_back(
+    left: str, tmp_path: Path, file_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, clock = tmp_path / "journal", time.time_ns
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time_ns", lambda: clock() + 600 * 10**9)
+        finished_journal(root, file_lake, [frame_of(plain_bar("SPY", NOON, 1))])
+    if left == "published":
+        publish_leftovers(file_lake, root)
+
+    def script(client: Script) -> None:
+        client.begin()
+        client.say(plain_bar("SPY", NOON, 2))
+        client.wait_until_the_client_goes()
+
+    progress: list[Progress] = []
+    with scripted(script) as server:
+        wanted = plan(server.url, root, run="run-002", topics=["AM.SPY"], checkpoint_seconds=0.2)
+
+        def ending() -> str | None:
+            return "enough" if any(p.account.bars and p.account.frames > 1 for p in progress) else None
+
+        try:
+            Collector(file_lake, wanted, _LOG).run(ending, progress.append)
+        finally:
+            server.leaving.set()
+    (key,) = file_lake.keys("raw-data")
+    assert json.loads(file_lake.get(key) or b"")["bar_data"]["close"] == 2
+    inputs = fetch_raw(file_lake, DAY, Channel.MINUTE, tmp_path)
+    normalize_day(file_lake, inputs, tmp_path / "out.parquet", tmp_path)
+    assert [row["close"] for row in read(tmp_path / "out.parquet")] == [2]

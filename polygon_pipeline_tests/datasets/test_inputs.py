@@ -7,16 +7,19 @@ from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from polygon_pipeline.collector.accounting import make_ledger
 from polygon_pipeline.datasets.inputs import RawDay, fetch_raw, normalize_day
 from polygon_pipeline.datasets.merge import Merge
 from polygon_pipeline.datasets.normalize import NoBars
 from polygon_pipeline.datasets.reference import ReferenceInfo
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import put_dataset
+from polygon_pipeline.lake.ledger import Account, encode_ledger
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.bars import (
@@ -33,6 +36,7 @@ from polygon_pipeline_tests.support.bars import (
     reference_row,
 )
 from polygon_pipeline_tests.support.day_files import read, reference_file
+from polygon_pipeline_tests.support.journals import journal_header
 
 
 def normalize(lake: Lake, folder: Path, day: date = DAY, channel: Channel = Channel.MINUTE) -> tuple[RawDay, list[Row]]:
@@ -90,6 +94,25 @@ def test_an_object_is_read_only_where_no_frame_has_its_bar(lake: Lake, tmp_path:
     raw, rows = normalize(lake, tmp_path)
     assert raw == RawDay(frame_files=1, records=1, unreadable={})
     assert [(row["close"], row["revisions"]) for row in rows] == [(2.0, 2), (4.0, 1)]
+
+
+@pytest.mark.parametrize("archived_later", [False, True])
+def test_an_object_that_is_later_than_its_bars_frames_is_the_latest_revision(
+    archived_later: bool, file_lake: Lake, tmp_path: Path
+) -> None:
+    """As when a run wrote objects alone, also where the next one archived its frames again."""
+    put_frames(file_lake, [line(ARRIVAL, [aggregate("SPY", c=1.0), aggregate("QQQ", c=2.0)])])
+    for ticker, close, collected_at in (("SPY", 3.0, later(60)), ("QQQ", 4.0, ARRIVAL)):
+        record = record_line(ticker, NOON, close, collected_at=collected_at)
+        file_lake.put(layout.raw_key(Channel.MINUTE, DAY, ticker, NOON), record)
+    if archived_later:
+        header = msgspec.structs.replace(journal_header(), write_frames=False)
+        file_lake.put(layout.ledger_key(DAY, header.run), encode_ledger(make_ledger(header, Account(), True)))
+        put_frames(file_lake, [line(later(90), [aggregate("IBM", c=5.0)])], "LATER")
+    raw, rows = normalize(file_lake, tmp_path)
+    assert closes(rows)[-2:] == [("QQQ", 2.0), ("SPY", 3.0)]
+    assert [row["revisions"] for row in rows][-2:] == [1, 2]
+    assert raw.records == 1
 
 
 def test_a_bar_that_was_refused_in_its_frame_may_come_from_its_object(lake: Lake, tmp_path: Path) -> None:
