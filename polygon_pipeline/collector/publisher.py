@@ -107,7 +107,7 @@ class Publisher:
         self._unsynced: set[str] = set()  # those that are put, until all are synced
         self._lines: dict[date, list[bytes]] = defaultdict(list)  # the archive of the segment under way
         self._quarantine: list[bytes] = []
-        self._known = _KnownObjects(lake)
+        self._known = KnownObjects(lake)
         self.tickers: set[str] = set()
         self.segments_published = 0
         if self._state_path.exists():
@@ -312,30 +312,41 @@ class Publisher:
             return False
 
 
-class _KnownObjects:
-    """Which bars have an object on the lake, so that new ones and revisions are counted before they are put."""
+class KnownObjects:
+    """Which bars have an object on the lake, so that new ones and revisions are counted before they are put.
+
+    A bit per second of a ticker's hour: a day of second bars of 500 tickers takes 5 MB, where a set takes 1.5 GB.
+    """
 
     def __init__(self, lake: Lake) -> None:
         self._lake = lake
-        self._days: dict[tuple[Channel, date], dict[str, set[int]]] = {}
+        self._days: set[tuple[Channel, date]] = set()
+        self._hours: dict[tuple[Channel, str, int], bytearray] = {}
 
     def load(self, days: set[tuple[Channel, date]]) -> None:
         """Lists the objects of days not met before."""
-        for channel, day in days - self._days.keys():
-            known = defaultdict(set)
-            for key in self._lake.keys(layout.raw_prefix(channel, day)):
-                if parsed := layout.parse_raw_key(key):
-                    known[parsed[0]].add(parsed[1])
-            self._days[channel, day] = known
+        for channel, day in days - self._days:
+            for page in self._lake.pages(layout.raw_prefix(channel, day)):
+                for meta in page:
+                    if parsed := layout.parse_raw_key(meta["path"]):
+                        self._add(channel, *parsed)
+            self._days.add((channel, day))
 
     def __contains__(self, key: _BarKey) -> bool:
         """Whether a bar of a loaded day is on the lake."""
-        channel, day, ticker, start_ms = key
-        return start_ms in self._days[channel, day].get(ticker, ())
+        channel, _, ticker, start_ms = key
+        hour, second = divmod(start_ms // 1000, 3600)
+        seconds = self._hours.get((channel, ticker, hour))
+        return seconds is not None and bool(seconds[second >> 3] & 1 << (second & 7))
 
     def update(self, keys: set[_BarKey]) -> None:
-        for channel, day, ticker, start_ms in keys:
-            self._days[channel, day][ticker].add(start_ms)
+        for channel, _, ticker, start_ms in keys:
+            self._add(channel, ticker, start_ms)
+
+    def _add(self, channel: Channel, ticker: str, start_ms: int) -> None:
+        hour, second = divmod(start_ms // 1000, 3600)
+        seconds = self._hours.setdefault((channel, ticker, hour), bytearray(450))
+        seconds[second >> 3] |= 1 << (second & 7)
 
 
 def _decode(records: list[JournalRecord]) -> _Chunk:

@@ -148,7 +148,7 @@ def _go_on(lake: Lake, walk: Walk, days: list[date], pages: int, page_objects: i
     for day in _in_turn(walk, days):
         if pages <= 0:
             return
-        if day != walk.day or walk.after is None:
+        if day != walk.day or walk.after is None or not lake.is_s3:  # a local lake's files are in no order
             walk.day, walk.after, walk.objects, walk.newest, walk.strays, walk.first_stray = day, None, 0, None, 0, ""
         pages -= 1
         for page in lake.pages(layout.raw_prefix(Channel.MINUTE, day), walk.after, page_objects):

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -58,6 +59,11 @@ _SYNC_THREADS = 16
 # obstore keeps a credential for as long as it is told here, beyond its real end if that is sooner. Told of no time at
 # all it asks for each request (ten times a second at the most), and boto3 knows when to renew.
 _CREDENTIAL_LIFE = timedelta(0)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+# What obstore calls a file of a local lake until it is whole.
+_UNFINISHED = re.compile(r"#\d+$")
 
 # obstore retries by itself; a caller that must not give up retries around it.
 _RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
@@ -162,28 +168,30 @@ class Lake:
         obstore gives up a listing with an error where it meets a key that it has no name for, such as `A//B`: others
         must not wait until that is removed. The rest is then listed without it, in its own spelling.
         """
+        if not self.is_s3:
+            files = _walk(self.local_root, prefix)  # no slower than obstore, which gives up here too
+            while found := list(islice(files, size)):
+                yield found
+            return
         try:
-            listing: Iterable[Sequence[ObjectMeta]] = obstore.list(self.store, prefix, offset=after, chunk_size=size)
-            if not self.is_s3:
-                listing = list(listing)  # in no order, so that there is no going on after an error
-            for page in listing:
+            for page in obstore.list(self.store, prefix, offset=after, chunk_size=size):
                 yield page
                 after = page[-1]["path"]
         except (InvalidPathError, ValueError):  # the second where such a key is `after` itself
-            if self.s3 is None:
-                yield _walk(self.local_root, prefix)
-            else:
-                yield from _list_s3(self.uri, self.s3, prefix, after, size)
+            assert self.s3
+            yield from _list_s3(self.uri, self.s3, prefix, after, size)
 
     def folders(self, prefix: str) -> list[str]:
         """The names of the folders directly below a prefix, sorted."""
+        if not self.is_s3:
+            with contextlib.suppress(FileNotFoundError):
+                return sorted(entry.name for entry in os.scandir(self.local_root / prefix) if entry.is_dir())
+            return []
         try:
             found = obstore.list_with_delimiter(self.store, prefix)["common_prefixes"]
         except InvalidPathError:
-            if self.s3 is None:
-                found = [entry.path for entry in os.scandir(self.local_root / prefix) if entry.is_dir()]
-            else:
-                found = _folders_s3(self.uri, self.s3, prefix)
+            assert self.s3
+            found = _folders_s3(self.uri, self.s3, prefix)
         return sorted(folder.removesuffix("/").rpartition("/")[2] for folder in found)
 
     def modified(self, prefix: str) -> dict[str, datetime]:
@@ -367,15 +375,20 @@ def _s3_store(bucket: str, prefix: str, access: S3Access) -> S3Store:
         raise LakeError(f"AWS_CA_BUNDLE, or another setting of S3, is not what it must be: {brief(error)}") from error
 
 
-def _walk(root: Path, prefix: str) -> list[ObjectMeta]:
-    """The files below a prefix of a local lake, whatever they are called."""
-    found: list[ObjectMeta] = []
-    for folder, _, names in os.walk(root / prefix):
-        for name in names:
-            path = Path(folder, name)
-            key = os.fsencode(path.relative_to(root)).decode(errors="backslashreplace")
-            found.append(_meta(key, path.stat().st_size, datetime.fromtimestamp(path.stat().st_mtime, UTC)))
-    return found
+def _walk(root: Path, prefix: str) -> Iterator[ObjectMeta]:
+    """The files below a prefix of a local lake, whatever they are called, in no order."""
+    folders = [str(root / prefix)]
+    start = len(os.path.join(root, ""))
+    while folders:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(entry.path)
+                elif not _UNFINISHED.search(entry.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        found = entry.stat()
+                        key = os.fsencode(entry.path[start:]).decode(errors="backslashreplace")
+                        yield _meta(key, found.st_size, _EPOCH + timedelta(microseconds=found.st_mtime_ns // 1000))
 
 
 def _list_s3(uri: str, access: S3Access, prefix: str, after: str | None, size: int) -> Iterator[list[ObjectMeta]]:

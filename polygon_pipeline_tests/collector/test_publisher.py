@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 from obstore.exceptions import GenericError
 
 from polygon_pipeline.collector.journal import leftovers
-from polygon_pipeline.collector.publisher import Publisher
+from polygon_pipeline.collector.publisher import KnownObjects, Publisher
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.records import decode_record
 from polygon_pipeline.lake.store import STORE_ERRORS, Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.archives import archived_lines, quarantined_entries
-from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar, record_line
+from polygon_pipeline_tests.support.bars import DAY, NOON, at, plain_bar, record_line
 from polygon_pipeline_tests.support.documented_s3 import documented_s3
 from polygon_pipeline_tests.support.journals import (
     finished_journal,
@@ -100,6 +101,37 @@ def test_a_batch_whose_state_cannot_be_saved_is_published_again_and_counted_once
     assert [line.content for line in archived_lines(file_lake, DAY)] == [frame]
     count = read_ledger(file_lake).account.days[DAY][Channel.MINUTE]
     assert (count.bars, count.objects, count.revisions) == (1, 1, 0)
+
+
+@given(st.sets(st.integers(0, 86_399), max_size=30), st.sets(st.integers(0, 86_399), max_size=30))
+@settings(deadline=None)
+def test_exactly_the_bars_that_are_on_the_lake_are_known(on_lake: set[int], asked: set[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lake = local_lake(Path(folder))
+        for second in on_lake:
+            lake.put(layout.raw_key(Channel.SECOND, DAY, "SPY", at(0, 0) + 1000 * second), b"{}")
+        known = KnownObjects(lake)
+        known.load({(Channel.SECOND, DAY)})
+        added = {second for second in asked if second % 3 == 0}
+        known.update({(Channel.SECOND, DAY, "SPY", at(0, 0) + 1000 * second) for second in added})
+        for second in on_lake | asked:
+            start_ms = at(0, 0) + 1000 * second
+            assert ((Channel.SECOND, DAY, "SPY", start_ms) in known) is (second in on_lake | added)
+            assert (Channel.MINUTE, DAY, "SPY", start_ms) not in known
+            assert (Channel.SECOND, DAY, "QQQ", start_ms) not in known
+
+
+def test_a_day_of_second_bars_is_known_in_less_than_a_byte_a_bar(file_lake: Lake) -> None:
+    known = KnownObjects(file_lake)
+    bars = [(Channel.SECOND, DAY, "SPY", at(4, 0) + 1000 * second) for second in range(57_600)]
+    tracemalloc.start()
+    try:
+        for start in range(0, len(bars), 600):
+            known.update(set(bars[start : start + 600]))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < len(bars)
 
 
 @pytest.mark.parametrize(
