@@ -25,6 +25,11 @@ from polygon_pipeline.market.bars import arrival_error
 # What an archived connection event may be. The words are this format's own, and stay when the stream's code changes.
 ConnectionChange = Literal["connected", "subscribed", "unacknowledged", "warned", "disconnected", "refused", "ended"]
 
+# A small file may unpack to any size. A flat file of the whole market's day has some 120 MB, an archive of ours as much
+# as a journal's segment; a line holds a frame of every ticker at most.
+LARGEST_UNPACKED = 2 * 1024**3
+_LONGEST_LINE = 64 * 1024**2
+
 _ZSTD_LEVEL = 1  # 3.4 times smaller at 300 MB/s; level 3 takes half as long again for 3 % less
 
 
@@ -106,6 +111,9 @@ def read_frames(file: Path, on_error: Callable[[str], object]) -> Iterator[Archi
             for line in lines:
                 number += 1
                 yield from _read_line(number, line, on_error)
+            if len(rest) > _LONGEST_LINE:
+                on_error(f"line {number + 1} has more than {_LONGEST_LINE} bytes; it and what follows is left out")
+                return
     except OSError as error:
         on_error(str(error))
         return
@@ -128,11 +136,14 @@ def _read_line(number: int, line: bytes, on_error: Callable[[str], object]) -> I
 
 
 def unpacked(file: Path) -> Iterator[bytes]:
-    """A file's content, compressed or not, piece by piece. Raises OSError where it is damaged or cut short."""
+    """A file's content, compressed or not, piece by piece. Raises OSError where it is damaged, cut or too large."""
     import pyarrow as pa
 
+    left = LARGEST_UNPACKED
     with pa.input_stream(file, compression="detect") as content:
         while chunk := content.read(1 << 20):
+            if (left := left - len(chunk)) < 0:
+                raise OSError(f"it unpacks to more than {LARGEST_UNPACKED} bytes")
             yield chunk
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from polygon_pipeline.lake import archive
 from polygon_pipeline.lake.archive import compress, event_line, frame_line, quarantine_line, read_frames
 from polygon_pipeline_tests.support.bars import moments
 
@@ -101,3 +105,27 @@ def test_compressed_lines_come_back_and_the_same_lines_give_the_same_bytes(lines
 def test_frames_of_the_same_kind_shrink() -> None:
     lines = [frame_line(AT + timedelta(seconds=n), b'[{"ev":"AM","sym":"SPY","o":450.25}]', ()) for n in range(1000)]
     assert len(compress(lines)) * 3 < sum(map(len, lines))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda content: archive.compress([content])], ids=["gzip", "zstd"])
+def test_a_file_that_unpacks_to_too_much_is_read_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(archive, "LARGEST_UNPACKED", 3_000_000)
+    file = tmp_path / ("bomb.jsonl.gz" if pack is gzip.compress else "bomb.jsonl.zst")
+    file.write_bytes(pack(b"\n" * 50_000_000))
+    assert file.stat().st_size < 100_000
+    assert "unpacks to more than 3000000 bytes" in (archive.decompression_error(file) or "")
+    errors: list[str] = []
+    assert list(archive.read_frames(file, errors.append)) == []
+    assert len(errors) == 1
+
+
+def test_a_line_that_does_not_end_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "_LONGEST_LINE", 2_000_000)
+    good = archive.frame_line(datetime(2026, 1, 26, 18, tzinfo=UTC), b"[]", ())
+    file = tmp_path / "long.jsonl"
+    file.write_bytes(good + b"x" * 9_000_000)
+    errors: list[str] = []
+    assert len(list(archive.read_frames(file, errors.append))) == 1
+    assert errors == ["line 2 has more than 2000000 bytes; it and what follows is left out"]
