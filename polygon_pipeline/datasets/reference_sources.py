@@ -39,6 +39,8 @@ DAYS_PER_REQUEST = 50
 SETTLED = timedelta(minutes=16)
 # Answers kept from an earlier run are used again for so long.
 _STAGED_FOR = timedelta(hours=6)
+# A run that is under way has added an answer since.
+_SWEPT_AFTER = timedelta(days=1)
 # Longer than anyone would wait for: a whole market by a free plan's requests.
 _LONGEST_SECONDS = 12 * 3600.0
 _REPORT_EVERY_SECONDS = 30.0
@@ -88,6 +90,7 @@ def fetch_days(
     folder: an empty local folder. now: aware. report: called with what to log, the time left among it. A day that
     cannot be fetched is given with its problem, and the others go on; store errors are raised.
     """
+    _sweep(sources.staging)
     by_rest = []
     for day in sorted(days):
         if sources.flat_files is None or now < expected_at(day):
@@ -237,6 +240,13 @@ def _is_over(day: date, asked_at: datetime) -> bool:
     """Whether all of a day's bars were final when they were asked for."""
     found = session(day)
     return found is None or found.post_close + SETTLED <= asked_at
+
+
+def _sweep(staging: Path) -> None:
+    """Removes the answers of runs that were cut and never went on."""
+    for folder in staging.glob("*_*"):
+        if time.time() - folder.stat().st_mtime > _SWEPT_AFTER.total_seconds():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _new(folder: Path, day: date) -> Path:

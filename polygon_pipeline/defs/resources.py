@@ -19,6 +19,7 @@ from pydantic import PrivateAttr
 
 from polygon_pipeline import demo, settings
 from polygon_pipeline.datasets.reference_sources import Sources
+from polygon_pipeline.defs.scratch import scratch_folder
 from polygon_pipeline.lake.store import Lake, S3Access, open_lake
 from polygon_pipeline.polygon.flat_files import BUCKET
 from polygon_pipeline.polygon.rate_limit import RateLimit
@@ -92,8 +93,8 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["LakeResource"]:
-        with tempfile.TemporaryDirectory(prefix="polygon_pipeline-") as folder:
-            self._scratch = Path(folder)
+        with scratch_folder() as folder:
+            self._scratch = folder
             yield self
 
     def scratch(self) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,6 +149,17 @@ def test_a_ticker_that_the_vendor_refuses_costs_only_itself(file_lake: Lake, tmp
         assert day.info.tickers == tuple(sorted({*TICKERS} - {"AAPL"}))
         assert {ticker for ticker, _ in bars_of(day.file)} == {*TICKERS} - {"AAPL"}
         assert any("1 of 4 tickers are refused" in line and "AAPL" in line for line in said)
+
+
+def test_answers_of_a_run_that_never_went_on_are_removed_after_a_day(file_lake: Lake, tmp_path: Path) -> None:
+    with vendor(tmp_path) as vendor_:
+        for name, hours in (("2020-01-02_2020-01-03", 25), ("2020-01-06_2020-01-07", 23)):
+            folder = vendor_.staging / name
+            folder.mkdir(parents=True)
+            (folder / "SPY.part").write_bytes(b"")
+            os.utime(folder, (time.time() - 3600 * hours,) * 2)
+        fetched(file_lake, [DAY], vendor_.sources(), tmp_path)
+        assert [folder.name for folder in vendor_.staging.iterdir()] == ["2020-01-06_2020-01-07"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "middle"])
