@@ -4,6 +4,7 @@ Belongs here: storing a day's file, and the metadata that every dataset has. Doe
 says of itself (assets, reference), keys and files (lake.dataset_files), and columns (datasets.catalog).
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,14 @@ def day_metadata(lake: Lake, name: str, day: str, file: Path) -> dict[str, Any]:
     }
 
 
+def _plain(text: str) -> str:
+    """Text as Markdown shows it as it is: a ticker comes from the feed, and may be a link or the end of a row."""
+    return re.sub(r"([!-,/:-@\[-`{-~]|(?<=www)\.)", r"\\\1", " ".join(text.split()), flags=re.IGNORECASE)
+
+
 def _preview(found: Description) -> str:
     """The sample as a Markdown table."""
-    cells = [[f"{value:,.4f}" if isinstance(value, float) else str(value) for value in row] for row in found.sample]
+    cells = [
+        [f"{value:,.4f}" if isinstance(value, float) else _plain(str(value)) for value in row] for row in found.sample
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in (found.columns, ["---"] * len(found.columns), *cells))

@@ -147,3 +147,28 @@ def test_every_materialization_describes_its_content(tmp_path: Path) -> None:
     assert isinstance(schema, dg.TableSchema)
     assert [column.name for column in schema.columns] == ["ticker", "timestamp", "close"]
     assert "| IBM |" in str(metadata["preview"].value)
+
+
+@dg.asset(partitions_def=TRADING_DAYS, io_manager_key="parquet")
+def hostile() -> pa.Table:
+    """A ticker may have any character but a few (market.bars)."""
+    tickers = ["A|B", "`code`", "[here](javascript:alert(1))", "<img src=x>", "www.example.com", "http:&#47;x", "**B**"]
+    return pa.table({"ticker": tickers, "date": ["x\n| y"] * len(tickers)})
+
+
+def test_a_preview_shows_text_as_it_is_and_as_nothing_else(tmp_path: Path) -> None:
+    metadata = _materialize(tmp_path, hostile).asset_materializations_for_node("hostile")[0].metadata
+    lines = str(metadata["preview"].value).splitlines()
+    assert len(lines) == 2 + 7
+    shown = [line.removeprefix("| ").removesuffix(" | x \\| y |") for line in lines[2:]]
+    assert sorted(shown) == sorted(
+        [
+            r"A\|B",
+            r"\`code\`",
+            r"\[here\]\(javascript\:alert\(1\)\)",
+            r"\<img src\=x\>",
+            r"www\.example.com",
+            r"http\:\&\#47\;x",
+            r"\*\*B\*\*",
+        ]
+    )
