@@ -2,9 +2,10 @@
 
 SHELL := /bin/sh
 BIN := .venv/bin
+AUDIT := .venv/audit
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 
-.PHONY: dev check test static bench format clean
+.PHONY: dev check test static bench fuzz audit format clean
 
 # The web UI on http://127.0.0.1:3000, with sensors, schedules and, without POLYGON_API_KEY, the simulated demo.
 dev: $(BIN)/.installed $(DAGSTER_HOME)/dagster.yaml
@@ -28,6 +29,14 @@ static: $(BIN)/.installed-dev
 bench: $(BIN)/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)
 
+# Hostile inputs for every parser, a minute each; `make fuzz FUZZ="--minutes 10 frames"` tries one for longer.
+fuzz: $(BIN)/.installed-dev
+	$(BIN)/python -m polygon_pipeline_tests.fuzzing $(FUZZ)
+
+# Known vulnerabilities of the pinned versions. Asks the advisory service of PyPI, so it needs the network.
+audit: $(AUDIT)/bin/pip-audit
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 format: $(BIN)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -50,6 +59,11 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 $(BIN)/.installed-bench: $(BIN)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
+
+# In an environment of its own: what it needs is none of the project's dependencies.
+$(AUDIT)/bin/pip-audit:
+	python3 -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 
 $(DAGSTER_HOME)/dagster.yaml: deploy/local/dagster.yaml
 	mkdir -p $(DAGSTER_HOME)
