@@ -5,19 +5,13 @@ The built-in simulator is the feed, as in the demo; the web server is asked what
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,8 +28,8 @@ from polygon_pipeline.market.calendar import completed_sessions, day_bounds_ms, 
 from polygon_pipeline.simulator.synthetic import SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
 from polygon_pipeline_tests.support.bars import reference_row
+from polygon_pipeline_tests.support.dagster_dev import DagsterDev
 from polygon_pipeline_tests.support.day_files import reference_file
-from polygon_pipeline_tests.support.s3_server import free_ports
 from polygon_pipeline_tests.support.waiting import until
 
 T = TypeVar("T")
@@ -43,118 +37,6 @@ T = TypeVar("T")
 _MINUTE = [dataset for dataset in FOLLOWING if dataset.channel is Channel.MINUTE]
 
 pytestmark = pytest.mark.slow
-
-_ROOT = Path(__file__).parents[1]
-
-
-class DagsterDev:
-    """A `dagster dev` in a session of its own, so that everything it starts can be found again."""
-
-    def __init__(self, folder: Path, lake: Lake) -> None:
-        self._folder = folder
-        self._lake = lake
-        [self._port] = free_ports(1)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._sessions: list[int] = []
-        (folder / "home").mkdir()
-        shutil.copy(_ROOT / "deploy" / "local" / "dagster.yaml", folder / "home" / "dagster.yaml")
-
-    def start(self, **variables: str) -> None:
-        environment = {
-            **os.environ,
-            "DAGSTER_HOME": str(self._folder / "home"),
-            "LAKE_URI": self._lake.uri,
-            "JOURNAL_DIR": str(self._folder / "journal"),
-            **variables,
-        }
-        command = [sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(self._port)]
-        with (self._folder / "dev.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "-m", "polygon_pipeline.definitions"],
-                env=environment,
-                cwd=self._folder,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self._sessions.append(self._process.pid)
-        _until(self.serves, "dagster dev serves")
-
-    def runs(self) -> list[dict[str, Any]]:
-        """The collector's runs as the UI lists them, newest first."""
-        query = (
-            '{ runsOrError(filter: {pipelineName: "collect_aggregates"}) { ... on Runs { results { runId status } } } }'
-        )
-        return list(self._ask(query)["runsOrError"]["results"])
-
-    def terminate(self, run: str) -> None:
-        """As the UI's button does it."""
-        self._ask(f'mutation {{ terminateRun(runId: "{run}") {{ __typename }} }}')
-
-    def backfill(self, assets: Sequence[str], days: Sequence[date]) -> str:
-        """As the UI's dialog does it; returns the backfill's id."""
-        names = ", ".join(f'{{ path: ["{asset}"] }}' for asset in assets)
-        keys = ", ".join(f'"{day}"' for day in days)
-        parameters = f"{{ assetSelection: [{names}], partitionNames: [{keys}] }}"
-        query = f"""mutation {{ launchPartitionBackfill(backfillParams: {parameters}) {{
-            ... on LaunchBackfillSuccess {{ backfillId }} ... on PythonError {{ message }} }} }}"""
-        return str(self._ask(query)["launchPartitionBackfill"]["backfillId"])
-
-    def backfill_status(self, backfill: str) -> str:
-        query = f'{{ partitionBackfillOrError(backfillId: "{backfill}") {{ ... on PartitionBackfill {{ status }} }} }}'
-        return str(self._ask(query)["partitionBackfillOrError"]["status"])
-
-    def interrupt(self) -> None:
-        """Ctrl-C: the terminal sends it to every process of the group."""
-        assert self._process
-        os.killpg(self._process.pid, signal.SIGINT)
-        self._process.wait(60)
-
-    def kill(self, text: str, but: int | None = None) -> None:
-        """SIGKILL to the processes whose command line has this text, except one."""
-        victims = [pid for pid, line in self._processes() if text in line and pid != but]
-        assert victims
-        for pid in victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def collectors(self) -> int:
-        """How many processes hold the local lake's lock open: the collectors at work."""
-        lock = self._lake.local_root / "lease.lock"
-        return sum(1 for pid in _pids() if lock in _open_files(pid))
-
-    def close(self) -> None:
-        for pid, _ in self._processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self._process:
-            self._process.wait(30)
-
-    def _processes(self) -> list[tuple[int, str]]:
-        found = []
-        for pid in _pids():
-            with contextlib.suppress(OSError):
-                if os.getsid(pid) in self._sessions:
-                    found.append((pid, Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()))
-        return found
-
-    def serves(self) -> bool:
-        """Whether the web server answers."""
-        with contextlib.suppress(OSError):
-            self._ask("{ version }")
-            return True
-        return False
-
-    def _ask(self, query: str) -> dict[str, Any]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}/graphql",
-            data=json.dumps({"query": query}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            answer: dict[str, Any] = json.load(response)["data"]
-        return answer
 
 
 @pytest.fixture
@@ -178,32 +60,32 @@ def test_exactly_one_collector_continues_after_any_process_is_killed(
     os.kill(first.pid, signal.SIGKILL)
     second = _until(lambda: _alive(file_lake, after=first), "a second attempt follows the killed worker")
     assert _statuses(dev) == ["STARTED", "FAILURE"]
-    assert dev.collectors() == 1
+    assert len(dev.collectors()) == 1
 
     dev.kill("dagster._daemon")
     _until(lambda: not dev.serves(), "dagster dev ends without its daemon")
     dev.start()
     time.sleep(20)  # a sensor tick and more: time enough to start a second collector
     assert _statuses(dev) == ["STARTED", "FAILURE"], "the collector at work goes on"
-    assert dev.collectors() == 1
+    assert len(dev.collectors()) == 1
 
     dev.kill("dagster", but=second.pid)
-    _until(lambda: dev.collectors() == 0, "a collector whose launcher is gone ends by itself")
+    _until(lambda: len(dev.collectors()) == 0, "a collector whose launcher is gone ends by itself")
     dev.start()
     third = _until(lambda: _alive(file_lake, after=second), "the next start begins another")
-    assert dev.collectors() == 1
+    assert len(dev.collectors()) == 1
 
     dev.kill("")
-    _until(lambda: dev.collectors() == 0, "everything is dead")
+    _until(lambda: len(dev.collectors()) == 0, "everything is dead")
     dev.start()
     fourth = _until(lambda: _alive(file_lake, after=third), "it goes on after everything was killed")
-    assert dev.collectors() == 1
+    assert len(dev.collectors()) == 1
     statuses = _statuses(dev)
     assert statuses[0] == "STARTED"
     assert "STARTED" not in statuses[1:]
 
     dev.interrupt()
-    _until(lambda: dev.collectors() == 0, "Ctrl-C ends the collector")
+    _until(lambda: len(dev.collectors()) == 0, "Ctrl-C ends the collector")
     dev.start()
     _until(lambda: _statuses(dev)[1] == "CANCELED", "the interrupted run is canceled, and another begun")
     fifth = _until(lambda: _alive(file_lake, after=fourth), "an interrupted session goes on")
@@ -295,16 +177,3 @@ def _statuses(dev: DagsterDev) -> list[str]:
 
 def _until(condition: Callable[[], T | None], what: str, seconds: float = 120) -> T:
     return until(condition, what, seconds=seconds, pause=0.5)
-
-
-def _pids() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-
-
-def _open_files(pid: int) -> set[Path]:
-    found = set()
-    with contextlib.suppress(OSError):
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                found.add(link.readlink())
-    return found
