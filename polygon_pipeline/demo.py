@@ -28,7 +28,7 @@ _PARTITIONS = 10
 
 # A simulated session is over in three minutes and should be seen growing.
 CHECKPOINT_SECONDS = 30.0
-_SPEED = 320.0
+SPEED = 320.0
 _DROP = timedelta(minutes=45)  # after the opening
 _REQUESTS_PER_MINUTE = "6000"
 
@@ -80,7 +80,7 @@ def exchange(wanted: Settings, day: date) -> Iterator[tuple[str, Callable[[], st
     from polygon_pipeline.simulator.synthetic import SyntheticFeed
 
     feed = SyntheticFeed(_market(wanted), day, wanted.channels)
-    with Exchange(feed, speed=_SPEED, key=wanted.api_key, faults=_faults(day)) as server:
+    with Exchange(feed, speed=SPEED, key=wanted.api_key, faults=_faults(day)) as server:
         yield server.url, lambda: SESSION_OVER if server.finished.is_set() else None
 
 

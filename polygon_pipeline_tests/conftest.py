@@ -40,13 +40,13 @@ def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as slow what needs the S3 server. The file that takes minutes and mostly waits goes first, so that the
-    others run beside it."""
+    """Marks as slow what needs the S3 server. The files that take minutes and mostly wait go first, so that the others
+    run beside them."""
     for item in items:
         note_faults(item)
         if isinstance(item, pytest.Function) and _needs_s3(item):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name != "test_dagster_dev.py")
+    items.sort(key=lambda item: item.path.name not in ("test_dagster_dev.py", "test_outages.py"))
 
 
 def _needs_s3(item: pytest.Function) -> bool:
