@@ -13,6 +13,7 @@ from polygon_pipeline import defs as project_defs
 from polygon_pipeline.datasets.catalog import DATASETS
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs.partitions import Project
+from polygon_pipeline.defs.sensors import lost_runs_sensor
 from polygon_pipeline.market.bars import Channel
 
 
@@ -29,6 +30,20 @@ def test_sensors_and_schedules_are_on_by_default() -> None:
     repository = build_defs().get_repository_def()
     assert all(sensor.default_status is dg.DefaultSensorStatus.RUNNING for sensor in repository.sensor_defs)
     assert all(schedule.default_status is dg.DefaultScheduleStatus.RUNNING for schedule in repository.schedule_defs)
+
+
+def test_a_sensors_tick_makes_no_s3_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster's resource makes one whenever it is opened; that was most of what the sensors took at rest."""
+    monkeypatch.setenv("LAKE_URI", tmp_path.as_uri())
+    made: list[object] = []
+    monkeypatch.setattr("boto3.session.Session.resource", lambda *name, **_: made.append(name))
+    resources = build_defs().resources or {}
+    with (
+        dg.DagsterInstance.ephemeral() as instance,
+        dg.build_sensor_context(instance, resources={"lake": resources["lake"]}) as context,
+    ):
+        assert isinstance(lost_runs_sensor(context), dg.SkipReason)
+    assert made == []
 
 
 @pytest.mark.slow
