@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime, timedelta
 import dagster as dg
 import msgspec
 
+from polygon_pipeline.collector.launching import REVISIONS
 from polygon_pipeline.datasets.catalog import FOLLOWING, NORMALIZED, Dataset, roots
 from polygon_pipeline.datasets.staleness import AS_OF, group_days, stale_datasets
 from polygon_pipeline.defs.partitions import (
@@ -22,7 +23,7 @@ from polygon_pipeline.defs.partitions import (
     spans,
 )
 from polygon_pipeline.defs.reference import DAYS_PER_RUN
-from polygon_pipeline.market.calendar import NEW_YORK
+from polygon_pipeline.market.calendar import NEW_YORK, current_or_next_session
 
 JOB = "datasets"
 
@@ -77,8 +78,10 @@ def datasets_follow_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResu
 
 
 def _just_made(instance: dg.DagsterInstance, now: datetime) -> set[date]:
-    """Today, where its datasets were made within LIVE_PAUSE: its bars change at every checkpoint."""
+    """Today, where its datasets were made within LIVE_PAUSE: its bars change at every checkpoint until its end."""
     today = now.astimezone(NEW_YORK).date()
+    if current_or_next_session(now - REVISIONS).date != today:
+        return set()  # it is not, or no more, collected
     latest = [latest_materialization(instance, dataset.name, today.isoformat()) for dataset in NORMALIZED.values()]
     newest = max((record.timestamp for record in latest if record), default=0.0)
     return {today} if now.timestamp() - newest < LIVE_PAUSE.total_seconds() else set()
