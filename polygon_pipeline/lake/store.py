@@ -73,12 +73,12 @@ _RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
 _WRONG_REGION = {"PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException", "InvalidRegionName"}
 _BARE = "Received redirect without LOCATION"  # obstore's word for it, which leaves the answer out
 _BOTO3 = re.compile(r"An error occurred \((\w+)\) when calling the \w+ operation[^:]*: ?(.*)")
-_EXPIRED = {"ExpiredToken", "TokenRefreshRequired"}
-_PROVIDER = "External AWS credential provider"  # whoever gives out credentials may be away for a while
 _LOGGED_OUT = ("SSOTokenLoadError", "UnauthorizedSSOTokenError")  # boto3's, where obstore asks it for credentials
-_CLOCK = {"RequestTimeTooSkewed", "RequestExpired"}  # this machine's, which may be set right
 _REFUSED = {"AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
 _REFUSED_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
+# Refusals that say nothing about the credentials: this machine's clock is wrong, they have expired and their successors
+# are on the way, or the service that hands them out is away.
+_PASSING = ("RequestTimeTooSkewed", "RequestExpired", "ExpiredToken", "External AWS credential provider")
 
 
 class LakeError(Exception):
@@ -126,6 +126,10 @@ class Lake:
 
     def url(self, key: str) -> str:
         return f"{self.uri.rstrip('/')}/{key}"
+
+    def bucket_region(self) -> str | None:
+        """The region of an S3 lake's bucket, or None where nobody says it."""
+        return _bucket_region(urlsplit(self.uri).netloc, self.s3) if self.s3 else None
 
     def put(self, key: str, content: bytes | Path) -> None:
         """Writes one object, atomically: readers see the old one or the new one, and it survives a power loss."""
@@ -264,10 +268,6 @@ class Lake:
                         return meta["path"]
         return None
 
-    def bucket_region(self) -> str | None:
-        """The region of an S3 lake's bucket, or None where nobody says it."""
-        return _bucket_region(urlsplit(self.uri).netloc, self.s3) if self.s3 else None
-
 
 def permanent_error(
     error: BaseException, uri: str, bucket_region: Callable[[], str | None] = lambda: None
@@ -289,12 +289,9 @@ def permanent_error(
             "is encrypted with a KMS key that cannot be used. Enable the key, and allow these credentials "
             "kms:GenerateDataKey and kms:Decrypt."
         )
-    elif code in _EXPIRED or any(name in text for name in _LOGGED_OUT):
-        advice = (
-            "refuses these credentials: they have expired. Log in again; for a collector use a role or a profile that "
-            "boto3 can renew by itself."
-        )
-    elif _PROVIDER in text or code in _CLOCK:
+    elif any(name in text for name in _LOGGED_OUT):
+        advice = "cannot be reached, because the login has ended. Log in again, or give a collector a role."
+    elif any(sign in text for sign in _PASSING):
         return None
     elif (
         isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)

@@ -187,7 +187,7 @@ def test_credentials_that_expire_and_are_renewed_during_a_session_lose_nothing(
         run = _Run(lake, exchange, tmp_path)
         until(lambda: run.progress, "the first checkpoint")
         proxy.rates = {Fault.EXPIRED: 1.0}
-        until(lambda: [line for line in run.said if "refuses these credentials" in line], "the refusal is logged")
+        until(lambda: [line for line in run.said if "The provided token has expired" in line], "the refusal is logged")
         until(lambda: proxy.counts[Fault.EXPIRED] >= 3, "it was refused three times")
         proxy.rates = {}
         run.finish()

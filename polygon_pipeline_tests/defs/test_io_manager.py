@@ -156,8 +156,8 @@ def hostile() -> pa.Table:
     return pa.table({"ticker": tickers, "date": ["x\n| y"] * len(tickers)})
 
 
-def test_a_preview_shows_text_as_it_is_and_as_nothing_else(tmp_path: Path) -> None:
-    metadata = _materialize(tmp_path, hostile).asset_materializations_for_node("hostile")[0].metadata
+def test_a_preview_shows_text_as_it_is_and_as_nothing_else() -> None:
+    metadata = _materialize(hostile).asset_materializations_for_node("hostile")[0].metadata
     lines = str(metadata["preview"].value).splitlines()
     assert len(lines) == 2 + 7
     shown = [line.removeprefix("| ").removesuffix(" | x \\| y |") for line in lines[2:]]

@@ -258,12 +258,32 @@ def _flat_files(content: bytes, folder: Path) -> bool:
 # Settings: a variable a line
 
 _ENVIRONMENTS = [
-    b"POLYGON_API_KEY=a-secret-key\nPOLYGON_TICKERS=SPY,BRK.B,KIMpL\nPOLYGON_CHANNELS=AM,A\nLAKE_URI=s3://bucket/prefix",
-    b"POLYGON_TICKERS=*\nPOLYGON_WEBSOCKET_URL=ws://127.0.0.1:8765/stocks\nPOLYGON_REST_URL=http://[::1]:80\n"
-    b"LAKE_URI=file:///lake\nPOLYGON_REST_REQUESTS_PER_MINUTE=5\nJOURNAL_DIR=var/journal",
-    b"POLYGON_API_KEY=a-secret-key\nPOLYGON_TICKERS=SPY\nPOLYGON_FLAT_FILES_KEY_ID=id\n"
-    b"POLYGON_FLAT_FILES_SECRET=secret\nPOLYGON_FLAT_FILES_URL=https://files.massive.com\n"
-    b"POLYGON_HISTORY_START=2025-01-02\nPOLYGON_WEBSOCKET_URL=wss://delayed.massive.com/stocks",
+    "\n".join(f"{name}={value}" for name, value in environment.items()).encode()
+    for environment in (
+        {
+            "POLYGON_API_KEY": "a-secret-key",
+            "POLYGON_TICKERS": "SPY,BRK.B,KIMpL",
+            "POLYGON_CHANNELS": "AM,A",
+            "LAKE_URI": "s3://bucket/prefix",
+        },
+        {
+            "POLYGON_TICKERS": "*",
+            "POLYGON_WEBSOCKET_URL": "ws://127.0.0.1:8765/stocks",
+            "POLYGON_REST_URL": "http://[::1]:80",
+            "LAKE_URI": "file:///lake",
+            "POLYGON_REST_REQUESTS_PER_MINUTE": "5",
+            "JOURNAL_DIR": "var/journal",
+        },
+        {
+            "POLYGON_API_KEY": "a-secret-key",
+            "POLYGON_TICKERS": "SPY",
+            "POLYGON_FLAT_FILES_KEY_ID": "id",
+            "POLYGON_FLAT_FILES_SECRET": "secret",
+            "POLYGON_FLAT_FILES_URL": "https://files.massive.com",
+            "POLYGON_HISTORY_START": "2025-01-02",
+            "POLYGON_WEBSOCKET_URL": "wss://delayed.massive.com/stocks",
+        },
+    )
 ]
 
 

@@ -180,7 +180,7 @@ def test_a_folder_that_is_a_file_cannot_be_claimed(tmp_path: Path) -> None:
 def test_temporary_faults_are_distinguished_from_permanent_ones() -> None:
     assert permanent_error(GenericError("connection refused"), "s3://bucket") is None
     assert permanent_error(TimeoutError(), "s3://bucket") is None
-    for sign in ("RequestTimeTooSkewed", "RequestExpired"):
+    for sign in ("RequestTimeTooSkewed", "ExpiredToken"):
         assert permanent_error(PermissionDeniedError(f"403: <Code>{sign}</Code>"), "s3://bucket") is None
     missing = permanent_error(GenericError("404: <Code>NoSuchBucket</Code>"), "s3://bucket")
     assert missing
@@ -355,11 +355,14 @@ def _is_stored(lake: Lake, content: bytes) -> bool:
 
 
 @pytest.mark.fault("S3: expired credentials")
-def test_credentials_that_have_expired_for_good_are_told_from_wrong_ones() -> None:
+def test_credentials_that_have_expired_are_told_in_a_line_and_may_be_renewed_yet() -> None:
     with documented_s3() as s3:
         s3.token = "another-session"
-        with pytest.raises(LakeError, match=r"have expired\. Log in again"):
-            s3.lake().claim("polygon")
+        lake = s3.lake()
+        with pytest.raises(STORE_ERRORS) as expired:
+            lake.claim("polygon")
+        assert brief(expired.value).endswith("feed.json: ExpiredToken: The provided token has expired.")
+        assert permanent_error(expired.value, lake.uri) is None
 
 
 def test_a_login_that_has_ended_is_told_from_wrong_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +371,7 @@ def test_a_login_that_has_ended_is_told_from_wrong_credentials(tmp_path: Path, m
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     session = boto3.Session(profile_name="desk", region_name="us-east-1")
     lake = open_lake("s3://bucket", lambda: S3Access(session, "http://127.0.0.1:1"))
-    with pytest.raises(LakeError, match=r"have expired\. Log in again"):
+    with pytest.raises(LakeError, match=r"the login has ended\. Log in again"):
         lake.claim("polygon")
 
 
