@@ -138,7 +138,8 @@ def test_a_mix_of_every_fault_loses_no_bar_and_no_connection(
     seaweedfs: SeaweedFS, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     rates = {Fault.DELAY: 0.03, Fault.SLOW_DOWN: 0.02, Fault.INTERNAL_ERROR: 0.02}
-    rates |= {Fault.RESET: 0.02, Fault.LOST_RESPONSE: 0.02, Fault.FORBIDDEN: 0.005, Fault.EXPIRED: 0.005}
+    rates |= {Fault.RESET: 0.02, Fault.LOST_RESPONSE: 0.02, Fault.FORBIDDEN: 0.005}
+    rates |= {Fault.EXPIRED: 0.005, Fault.SKEWED: 0.005}
     feed = _feed(tickers=30, ticks=60)
     with FaultyS3(seaweedfs.endpoint_url, seed=5) as proxy, Exchange(feed, speed=10) as exchange:
         lake = lake_behind(proxy, seaweedfs)
@@ -195,9 +196,12 @@ def test_credentials_that_expire_and_are_renewed_during_a_session_lose_nothing(
     _assert_all_is_stored(_direct(lake, seaweedfs), run, feed)
 
 
-def test_collecting_starts_although_the_lake_is_down(seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [Fault.RESET, Fault.EXPIRED, Fault.SKEWED])
+def test_collecting_starts_although_the_lake_is_down_or_refuses_what_may_pass(
+    fault: Fault, seaweedfs: SeaweedFS, tmp_path: Path
+) -> None:
     feed = _feed(tickers=10, ticks=40)
-    with FaultyS3(seaweedfs.endpoint_url, {Fault.RESET: 1.0}) as proxy, Exchange(feed, speed=10) as exchange:
+    with FaultyS3(seaweedfs.endpoint_url, {fault: 1.0}) as proxy, Exchange(feed, speed=10) as exchange:
         lake = lake_behind(proxy, seaweedfs)
         run = _Run(lake, exchange, tmp_path)
         until(lambda: run.backlog() > 5000, "bars wait in the journal")

@@ -38,6 +38,7 @@ class Fault(StrEnum):
     SLOW_DOWN = "503 SlowDown"
     INTERNAL_ERROR = "500 InternalError"
     FORBIDDEN = "403 AccessDenied"
+    SKEWED = "403 RequestTimeTooSkewed"
     EXPIRED = "400 ExpiredToken"
 
 
@@ -45,6 +46,11 @@ _ANSWERS = {
     Fault.SLOW_DOWN: (503, "SlowDown", "Please reduce your request rate."),
     Fault.INTERNAL_ERROR: (500, "InternalError", "We encountered an internal error. Please try again."),
     Fault.FORBIDDEN: (403, "AccessDenied", "Access Denied"),
+    Fault.SKEWED: (
+        403,
+        "RequestTimeTooSkewed",
+        "The difference between the request time and the current time is too large.",
+    ),
     Fault.EXPIRED: (400, "ExpiredToken", "The provided token has expired."),
 }
 
