@@ -179,7 +179,7 @@ def _report(soak: Soak) -> list[str]:
     print("| day | runs | bars | revisions | quarantined | gaps | state |")
     print("|---|--:|--:|--:|--:|--:|---|")
     for day in soak.days:
-        ledgers, _ = read_ledgers(soak.lake, day)
+        ledgers, _, _ = read_ledgers(soak.lake, day)
         balance = reconcile(soak.lake, day, Channel.MINUTE)
         missed += [f"{day}: {error}" for error in balance.errors]
         missed += [f"{day}: the ledger of {ledger.run} is not complete" for ledger in ledgers if not ledger.complete]

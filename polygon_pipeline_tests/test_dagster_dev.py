@@ -106,6 +106,7 @@ def test_a_day_gets_to_final_by_itself_whatever_happened_to_its_session(
     """A session whose worker is killed and whose next attempt is terminated by hand, while a backfill is under way."""
     dev = DagsterDev(tmp_path, file_lake)
     try:
+        file_lake.claim("simulated")
         backfilled = trading_days(date(2026, 1, 5), date(2026, 3, 31))
         _put_history(file_lake, backfilled, tmp_path)
         dev.start(POLYGON_HISTORY_START="2026-01-02")

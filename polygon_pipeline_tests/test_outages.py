@@ -72,7 +72,7 @@ def test_sessions_without_the_store_and_without_dagsters_storage_are_completed_w
     for day in days:
         traded = market.day_bars(day).num_rows
         assert _rows(lake, NORMALIZED_BARS.name, day) == traded
-        ledgers, unreadable = read_ledgers(lake, day)
+        ledgers, unreadable, _ = read_ledgers(lake, day)
         assert not unreadable
         assert [ledger.complete for ledger in ledgers] == [True] * len(ledgers)
         balance = reconcile(lake, day, Channel.MINUTE)
