@@ -16,6 +16,7 @@ from polygon_pipeline.datasets.day_state import day_status
 from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, UnfetchedDay, fetch_days
 from polygon_pipeline.datasets.staleness import PastRepair, next_repair, reference_is_due
 from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_materialization, made_days
+from polygon_pipeline.defs.presenting import clock, count, date_and_clock, span
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.writer import column_schema, day_metadata, write_day
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps
@@ -101,7 +102,7 @@ def _fetched(
                     when = result.problem.next_try
                     context.log.warning(
                         f"{result.day} is skipped: {result.problem}"
-                        + (f" The next try is worth it from {when:%Y-%m-%d %H:%M} UTC on." if when else "")
+                        + (f" The next try is worth it from {date_and_clock(when)} on." if when else "")
                     )
                 else:
                     context.log.error(f"{result.day}: {result.problem}")
@@ -179,7 +180,7 @@ def _repairs(context: dg.SensorEvaluationContext, opened: Lake, now: datetime) -
         past = _past_repairs(context.instance, day)
         next_try = next_repair(past, now)
         if next_try > now:
-            waiting.append(f"{day} from {next_try:%H:%M} UTC on")
+            waiting.append(f"{day} from {clock(next_try)} on")
             continue
         context.log.info(f"{day}: {reason}")
         key = day.isoformat()
@@ -198,8 +199,7 @@ def _reason(context: dg.SensorEvaluationContext, lake: Lake, day: date, now: dat
     if strays:
         context.log.info(f"{len(strays)} objects among the ledgers of {day} are no ledgers, such as {strays[0]}")
     if gaps := repairable_gaps(day, ledgers, known_until_ms, SETTLED, now, live):
-        first, last = gaps[0][0], gaps[-1][1]
-        return f"{len(gaps)} gaps to repair, from {first:%H:%M} to {last:%H:%M} UTC"
+        return f"{count(len(gaps), 'gap')} to repair, New York: {span(gaps[0][0], gaps[-1][1])}"
     status = day_status(day, ledgers, known_until_ms, now, live)
     if status.is_over and reference_is_due(day, known_until_ms, now):
         return f"it is {status.state}, and its history is published"

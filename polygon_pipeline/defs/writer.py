@@ -4,7 +4,7 @@ Belongs here: storing a day's file, and the metadata that every dataset has. Doe
 says of itself (assets, reference), keys and files (lake.dataset_files), and columns (datasets.catalog).
 """
 
-import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import dagster as dg
 
 from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.description import Description, describe
+from polygon_pipeline.defs.presenting import date_and_clock, markdown_table, number, plain
 from polygon_pipeline.lake.dataset_files import put_dataset
 from polygon_pipeline.lake.layout import dataset_key
 from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.calendar import NEW_YORK
 
 
 def column_schema(dataset: Dataset) -> dict[str, dg.TableSchema]:
@@ -23,36 +25,47 @@ def column_schema(dataset: Dataset) -> dict[str, dg.TableSchema]:
     return {"dagster/column_schema": dg.TableSchema(columns)} if columns else {}
 
 
-def write_day(lake: Lake, name: str, day: str, file: Path, may_be_empty: bool = False) -> dict[str, Any]:
+def write_day(
+    lake: Lake, name: str, day: str, file: Path, may_be_empty: bool = False, preview: bool = True
+) -> dict[str, Any]:
     """Stores a day's Parquet file; returns the metadata. Raises dg.Failure for an empty one: no data is a failure."""
-    metadata = day_metadata(lake, name, day, file)
+    metadata = day_metadata(lake, name, day, file, preview)
     if not (may_be_empty or metadata["dagster/row_count"]):
         raise dg.Failure(f"{name} of {day} would be empty; nothing was written.", allow_retries=False)
     put_dataset(lake, name, day, file)
     return metadata
 
 
-def day_metadata(lake: Lake, name: str, day: str, file: Path) -> dict[str, Any]:
+def day_metadata(lake: Lake, name: str, day: str, file: Path, preview: bool = True) -> dict[str, Any]:
     """What a materialization of a day shows. file: the day's, local."""
     found = describe(file)
-    bars = {"first_bar": found.first, "last_bar": found.last, "preview": dg.MetadataValue.md(_preview(found))}
+    ends = {"first_bar": found.first, "last_bar": found.last}
     return {
         "dagster/row_count": found.rows,
+        "dagster/partition_row_count": found.rows,
         "tickers": found.tickers,
-        "bytes": file.stat().st_size,
-        "uri": dg.MetadataValue.text(lake.url(dataset_key(name, day))),
-        **(bars if found.rows else {}),
+        "dagster/size_bytes": file.stat().st_size,
+        "dagster/uri": lake.url(dataset_key(name, day)),
+        **{name: date_and_clock(moment) for name, moment in ends.items() if moment},
+        **({"preview": _preview(found)} if preview and found.rows else {}),
     }
 
 
-def _plain(text: str) -> str:
-    """Text as Markdown shows it as it is: a ticker comes from the feed, and may be a link or the end of a row."""
-    return re.sub(r"([!-,/:-@\[-`{-~]|(?<=www)\.)", r"\\\1", " ".join(text.split()), flags=re.IGNORECASE)
-
-
-def _preview(found: Description) -> str:
-    """The sample as a Markdown table."""
-    cells = [
-        [f"{value:,.4f}" if isinstance(value, float) else _plain(str(value)) for value in row] for row in found.sample
+def _preview(found: Description) -> dg.MarkdownMetadataValue:
+    """The sample as a Markdown table, its times in New York."""
+    names = [
+        f"{name} (New York)" if any(isinstance(row[place], datetime) for row in found.sample) else name
+        for place, name in enumerate(found.columns)
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (found.columns, ["---"] * len(found.columns), *cells))
+    return markdown_table([dict(zip(names, map(_cell, row), strict=True)) for row in found.sample])
+
+
+def _cell(value: object) -> str:
+    match value:
+        case datetime():
+            return f"{value.astimezone(NEW_YORK):%H:%M:%S}".removesuffix(":00")
+        case None | float():
+            return number(value)
+        case int() if not isinstance(value, bool):
+            return f"{value:,}"
+    return plain(str(value))

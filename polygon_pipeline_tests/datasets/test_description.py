@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.description import describe
 from polygon_pipeline.datasets.resample import Resampling
-from polygon_pipeline_tests.support.bars import ARRIVAL, DAY, NOON, aggregate, at, line
+from polygon_pipeline_tests.support.bars import ARRIVAL, DAY, NOON, aggregate, at, line, moment
 from polygon_pipeline_tests.support.day_files import normalized_file
+from polygon_pipeline_tests.support.planned_day import PlannedDay
 
 
 def test_a_description_counts_rows_and_tickers_and_names_the_ends(tmp_path: Path) -> None:
@@ -18,20 +19,25 @@ def test_a_description_counts_rows_and_tickers_and_names_the_ends(tmp_path: Path
     file = normalized_file(tmp_path, [[line(ARRIVAL, bars)]])
     found = describe(file)
     assert (found.rows, found.tickers) == (3, 2)
-    assert str(found.first).startswith("2026-01-26 09:00:00")
-    assert str(found.last).startswith("2026-01-27 00:59:00")
+    assert (found.first, found.last) == (moment(at(4, 0)), moment(at(19, 59)))
     with Resampling(DAY, file, tmp_path) as resampling:
         resampling.write(catalog.DAILY_BARS, tmp_path / "daily.parquet")
-    assert describe(tmp_path / "daily.parquet")[:4] == (2, 2, "2026-01-26", "2026-01-26")
+    assert describe(tmp_path / "daily.parquet")[:4] == (2, 2, None, None), "a date is no bar's start"
 
 
-def test_the_sample_is_the_last_row_of_the_first_tickers_up_to_its_vwap(tmp_path: Path) -> None:
-    bars = [aggregate(f"T{number:02d}", NOON + number * 60_000) for number in range(20)]
-    file = normalized_file(tmp_path, [[line(ARRIVAL, [*bars, aggregate("T00", at(12, 30), c=7.5)])]])
+def test_the_sample_is_the_last_row_of_the_most_traded_tickers_up_to_its_vwap(tmp_path: Path) -> None:
+    bars = [aggregate(f"T{number:02d}", NOON, v=1000 + number) for number in range(20)]
+    file = normalized_file(tmp_path, [[line(ARRIVAL, [*bars, aggregate("T03", at(12, 30), c=7.5, v=500)])]])
     found = describe(file)
     assert found.columns[-1] == "vwap"
-    assert [row[0] for row in found.sample] == [f"T{number:02d}" for number in range(8)]
+    assert [row[0] for row in found.sample] == ["T03", *(f"T{number:02d}" for number in range(19, 12, -1))]
     assert found.sample[0][found.columns.index("close")] == 7.5
+
+
+def test_where_there_is_no_volume_the_first_tickers_by_name_are_shown(tmp_path: Path) -> None:
+    minutes = {(f"T{number:02d}", number): "collected" for number in range(20)}
+    found = describe(PlannedDay(tmp_path, minutes).file())
+    assert [row[0] for row in found.sample] == [f"T{number:02d}" for number in range(8)]
 
 
 def test_an_empty_file_has_no_ends_and_no_sample(tmp_path: Path) -> None:

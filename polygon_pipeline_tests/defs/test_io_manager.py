@@ -140,9 +140,10 @@ def test_every_materialization_describes_its_content(tmp_path: Path) -> None:
     metadata = result.asset_materializations_for_node("as_table")[0].metadata
     assert metadata["dagster/row_count"].value == 2
     assert metadata["tickers"].value == 2
-    assert metadata["first_bar"].value == "2026-11-18 11:06:40+00"
-    assert metadata["bytes"].value == next(tmp_path.rglob("*.parquet")).stat().st_size
-    assert metadata["uri"].value == f"{tmp_path.as_uri()}/datasets/as_table/date={_DAY}/data.parquet"
+    assert metadata["dagster/partition_row_count"].value == 2
+    assert metadata["first_bar"].value == "2026-11-18 06:06 New York"
+    assert metadata["dagster/size_bytes"].value == next(tmp_path.rglob("*.parquet")).stat().st_size
+    assert metadata["dagster/uri"].value == f"{tmp_path.as_uri()}/datasets/as_table/date={_DAY}/data.parquet"
     schema = metadata["dagster/column_schema"].value
     assert isinstance(schema, dg.TableSchema)
     assert [column.name for column in schema.columns] == ["ticker", "timestamp", "close"]
