@@ -199,11 +199,41 @@ BAR_COVERAGE = Dataset(
         Column("not_collected_minutes", "int64", "Traded on a day when no collector was at work; from the history"),
         Column("repaired_minutes", "int64", "Lost ones that the bars have from the vendor's history"),
         Column("corrected_minutes", "int64", "Collected ones whose values the vendor's history replaced"),
-        Column("late_minutes", "int64", "Collected ones whose kept revision came over a minute after the bar's end"),
+        Column(
+            "late_minutes",
+            "int64",
+            "Collected ones whose kept revision came over a minute after the bar's end; null where the feed played a "
+            "past day",
+        ),
         Column("unexpected_minutes", "int64", "Collected ones that the vendor's history lacks, as far as it reaches"),
         Column("unknown_minutes", "int64", "Minutes without a bar that no history reaches: no trade or lost, unknown"),
         Column("longest_gap_minutes", "int64", "Longest run of consecutive lost minutes, repaired ones included"),
         Column("share", "double", "Of the traded minutes, those that the bars have, 0 to 1; null where none is known"),
+    ),
+)
+
+SESSION_REPORT = Dataset(
+    "session_report",
+    Channel.MINUTE,
+    "The trading day at a glance, and the first place to look. Its last materialization shows the state of the day, "
+    "gaps with what became of each, lag, checks, movers and volumes. The file has one row per ticker.",
+    inputs=(NORMALIZED_BARS, REFERENCE_BARS),
+    columns=(
+        _TICKER,
+        _DATE,
+        Column("bars", "int64", "Minute bars, pre-market to after hours; 0 for a ticker that was asked for in vain"),
+        Column("first_bar", "timestamp", "Start of the first bar"),
+        Column("last_bar", "timestamp", "Start of the last bar"),
+        Column("last_price", "double", "Close of the last bar"),
+        Column("day_return", "double", "Regular hours: the last price over the first, minus 1; 0.01 is one percent"),
+        Column("volume", "double", "Shares traded, pre-market to after hours"),
+        Column("share_of_volume", "double", "Of the shares of all tickers, 0 to 1"),
+        Column("missing_minutes", "int64", "Traded minutes that the bars lack, as far as the history knows"),
+        Column("repaired_minutes", "int64", "Lost ones that the bars have from the vendor's history"),
+        Column("corrected_minutes", "int64", "Collected ones whose values the vendor's history replaced"),
+        Column("late_minutes", "int64", "As in bar_coverage"),
+        Column("share", "double", "Of the traded minutes, those that the bars have, 0 to 1; null where none is known"),
+        Column("day_state", "string", "collecting, partial, complete or final: how much of the day this row knows"),
     ),
 )
 
@@ -220,6 +250,7 @@ DATASETS = (
     BARS_1H,
     DAILY_BARS,
     BAR_COVERAGE,
+    SESSION_REPORT,
 )
 
 RAW = {dataset.channel: dataset for dataset in (RAW_BARS, RAW_SECOND_BARS)}

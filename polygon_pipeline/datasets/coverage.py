@@ -104,7 +104,7 @@ _COVERAGE = f"""
         count(*) FILTER (state IN ('{State.FROM_HISTORY}', '{State.NOT_COLLECTED}')) AS not_collected_minutes,
         count(*) FILTER (state = '{State.REPAIRED}') AS repaired_minutes,
         count(*) FILTER (state = '{State.CORRECTED}') AS corrected_minutes,
-        count(*) FILTER (state = '{State.COLLECTED}' AND late) AS late_minutes,
+        CASE WHEN $in_real_time THEN count(*) FILTER (state = '{State.COLLECTED}' AND late) END AS late_minutes,
         count(*) FILTER (collected AND known AND NOT traded) AS unexpected_minutes,
         count(*) FILTER (state = '{State.UNKNOWN}') AS unknown_minutes,
         -- consecutive minutes have the same distance to their place in the list
@@ -135,8 +135,9 @@ class Coverage(DuckSession):
     normalized, reference: files of that day's datasets. connected: the minutes whose bars must have reached a
     collector, as (first, last) starts in Unix ms, both included. subscribed: the tickers the collector asked for, None
     for the whole market; to the others it was never connected. was_collected: whether a collector was at work that day
-    at all; else nothing was lost, and what there is comes from the history. space: as in DuckSession. Raises
-    ValueError for a day that is no trading day.
+    at all; else nothing was lost, and what there is comes from the history. in_real_time: whether bars came when they
+    were made; a past day that is played has no late ones. space: as in DuckSession. Raises ValueError for a day that is
+    no trading day.
     """
 
     def __init__(
@@ -148,9 +149,11 @@ class Coverage(DuckSession):
         space: Path | DuckSession,
         subscribed: Sequence[str] | None = None,
         was_collected: bool = True,
+        in_real_time: bool = True,
     ) -> None:
         super().__init__(space)
         self._day = day
+        self._in_real_time = in_real_time
         self.view("normalized", normalized)
         self.connection.register("minutes", _minutes(day, connected))
         known_tickers: tuple[str, ...] | None = ()
@@ -170,7 +173,7 @@ class Coverage(DuckSession):
 
     def write(self, target: Path) -> None:
         """Writes the coverage: a row for every ticker that is in either file, asked for or subscribed."""
-        self.copy(_COVERAGE, target, {**self._parameters, "day": self._day})
+        self.copy(_COVERAGE, target, {**self._parameters, "day": self._day, "in_real_time": self._in_real_time})
 
     def minute_states(self, tickers: Sequence[str] | None = None) -> pa.Table:
         """The minutes that write() counts: ticker, minute (0 at the start of pre-market), state, connected, traded.
@@ -210,12 +213,16 @@ def worst_first(coverage: Path, limit: int) -> list[str]:
 
 
 def totals(coverage: Path) -> dict[str, int]:
-    """The sums of a coverage file's counts of minutes, by column; the longest gap is the longest of any ticker."""
-    names = [column.name for column in BAR_COVERAGE.columns if column.type == "int64"]
+    """The sums of a coverage file's counts of minutes, by column; the longest gap is the longest of any ticker.
+
+    Without what no ticker has, and without what the calendar says of every day.
+    """
+    calendars = ("expected_minutes", "regular_minutes")
+    names = [c.name for c in BAR_COVERAGE.columns if c.type == "int64" and c.name not in calendars]
     sums = ", ".join(f"{'max' if name.startswith('longest') else 'sum'}({name})::BIGINT" for name in names)
     with DuckSession() as session:
         [row] = session.rows(f"SELECT {sums} FROM read_parquet($file)", {"file": str(coverage)})
-    return {name: value or 0 for name, value in zip(names, row, strict=True)}
+    return {name: value for name, value in zip(names, row, strict=True) if value is not None}
 
 
 def _minutes(day: date, connected: Sequence[tuple[int, int]]) -> pa.Table:

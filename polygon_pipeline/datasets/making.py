@@ -28,6 +28,7 @@ from polygon_pipeline.datasets.normalize import NoBars
 from polygon_pipeline.datasets.pictures import MOST_TICKERS, heat_map
 from polygon_pipeline.datasets.quality import schema_errors
 from polygon_pipeline.datasets.reference import UnreadableReference, read_reference_info
+from polygon_pipeline.datasets.report import Report, Reporting, day_gaps, in_real_time
 from polygon_pipeline.datasets.resample import Resampling
 from polygon_pipeline.datasets.session import DuckSession
 from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
@@ -47,7 +48,8 @@ DAY_ERRORS = (NoBars, MissingDataset, UnreadableReference, WrongSchema, duckdb.E
 
 
 class MadeDataset(NamedTuple):
-    """One dataset of one day. file: local, until another day is given. facts: what it says of itself."""
+    """One dataset of one day. file: local, until another day is given. facts: what it says of itself; report: what the
+    session report says of the day."""
 
     day: date
     dataset: Dataset
@@ -55,6 +57,7 @@ class MadeDataset(NamedTuple):
     status: DayStatus
     facts: dict[str, Any]
     picture: str | None = None
+    report: Report | None = None
 
 
 class FailedDay(NamedTuple):
@@ -169,7 +172,7 @@ def _make(
                 target = folder / f"{dataset.name}.parquet"
                 resampling.write(dataset, target)
                 yield MadeDataset(day, dataset, target, status, {})
-    if catalog.BAR_COVERAGE in wanted:
+    if catalog.BAR_COVERAGE in wanted or catalog.SESSION_REPORT in wanted:
         target = folder / "coverage.parquet"
         with Coverage(
             day,
@@ -179,11 +182,19 @@ def _make(
             session,
             subscribed_tickers(ledgers),
             was_collected=bool(ledgers),
+            in_real_time=in_real_time(ledgers),
         ) as coverage:
             coverage.write(target)
-            picture = _picture(day, coverage, target) if draw and status.is_over else None
-        facts = {"unreadable_ledgers": inputs.ledgers.unreadable, **totals(target)}
-        yield MadeDataset(day, catalog.BAR_COVERAGE, target, status, facts, picture)
+            if catalog.BAR_COVERAGE in wanted:
+                picture = _picture(day, coverage, target) if draw and status.is_over else None
+                facts = {"unreadable_ledgers": inputs.ledgers.unreadable, **totals(target)}
+                yield MadeDataset(day, catalog.BAR_COVERAGE, target, status, facts, picture)
+    if catalog.SESSION_REPORT in wanted:
+        file = folder / "report.parquet"
+        with Reporting(day, bars, inputs.reference, target, known_until_ms, session) as reporting:
+            reporting.write(file, status)
+            report = reporting.report(file, ledgers, day_gaps(day, ledgers, now, live_run))
+        yield MadeDataset(day, catalog.SESSION_REPORT, file, status, {}, report=report)
 
 
 def _picture(day: date, coverage: Coverage, file: Path) -> str:

@@ -8,7 +8,7 @@ All datasets of a channel are made in one step, so that a day is fetched and sca
 as soon as it is stored; a run that is cut or partly fails has made what it reported.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -20,8 +20,9 @@ from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.making import FailedDay, MadeDataset, current_status, make_days
 from polygon_pipeline.datasets.staleness import AS_OF
-from polygon_pipeline.defs import checks
+from polygon_pipeline.defs import checks, report_page
 from polygon_pipeline.defs.partitions import Project, days_of, latest_ids, latest_materialization, made_days
+from polygon_pipeline.defs.presenting import clock, table
 from polygon_pipeline.defs.reference import reference_asset
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.defs.writer import column_schema, write_day
@@ -40,6 +41,8 @@ _CHECKED_DAYS = 5
 _NAMED_DAYS = 10
 # A backfill draws no pictures: hundreds are not looked at, and Dagster keeps each twice.
 _DRAWN_DAYS = 5
+_NAMED_DIFFERENCES = 10
+_VALUES = ("open", "high", "low", "close", "volume", "vwap")
 
 
 class MakingConfig(dg.Config):
@@ -139,12 +142,14 @@ def _make(
             continue
         of_dataset = list(checks.check_day(opened, made, least_share))
         results.setdefault(made.day, []).extend(of_dataset)
-        metadata = write_day(opened, made.dataset.name, made.day.isoformat(), made.file)
+        metadata = write_day(opened, made.dataset.name, made.day.isoformat(), made.file, preview=not made.report)
+        shown = _metadata(made, results[made.day] if made.report else of_dataset)
         context.log_event(
             dg.AssetMaterialization(
                 made.dataset.name,
                 partition=made.day.isoformat(),
-                metadata=metadata | _metadata(made, of_dataset) | {AS_OF: as_of[made.day]},
+                description=report_page.headline(made.status, made.report) if made.report else None,
+                metadata=metadata | shown | {AS_OF: as_of[made.day]},
             )
         )
 
@@ -197,12 +202,34 @@ def _check_again(
 
 
 def _metadata(made: MadeDataset, results: Sequence[checks.DayResult]) -> dict[str, Any]:
-    found: dict[str, Any] = {"day_state": str(made.status.state), "day_state_detail": made.status.detail}
-    if results:
-        found["checks"] = checks.summary(results)
+    summary = checks.summary(results) if results else ""
+    found: dict[str, Any] = {"day_state": str(made.status.state), **({"checks": summary} if summary else {})}
+    if made.report:
+        return found | report_page.metadata(made.day, made.status, made.report, summary)
+    found["day_state_detail"] = made.status.detail
     if made.picture:
         found["picture"] = dg.MetadataValue.md(f"![coverage of {made.day}](data:image/png;base64,{made.picture})")
-    return found | made.facts
+    for name, fact in made.facts.items():
+        if name == "differences" and fact:
+            found[name] = table([_difference_row(difference) for difference in fact[:_NAMED_DIFFERENCES]])
+        elif fact not in ([], {}):
+            found[name] = fact
+    return found
+
+
+def _difference_row(difference: Mapping[str, Any]) -> dict[str, str | int]:
+    """A bar of the stream and of the vendor's history: what differs, and which was kept (datasets.merge)."""
+    stream, history = difference["stream"], difference["reference"]
+    differing = [
+        name for name in _VALUES if stream[name] != history[name] and None not in (stream[name], history[name])
+    ]
+    return {
+        "ticker": difference["ticker"],
+        "time": clock(datetime.fromisoformat(difference["timestamp"])),
+        "stream": ", ".join(f"{name} {stream[name]:,}" for name in differing),
+        "history": ", ".join(f"{name} {history[name]:,}" for name in differing),
+        "kept": "history" if difference["verdict"] == "corrected" else "stream",
+    }
 
 
 def _error_text(failed: FailedDay, opened: Lake, wanted: Sequence[Dataset]) -> str:

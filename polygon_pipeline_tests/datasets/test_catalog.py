@@ -32,6 +32,7 @@ def test_the_datasets_have_the_public_names() -> None:
         "bars_1h",
         "daily_bars",
         "bar_coverage",
+        "session_report",
     ]
 
 

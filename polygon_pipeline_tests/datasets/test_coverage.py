@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polygon_pipeline.datasets import catalog
-from polygon_pipeline.datasets.coverage import Shortfall, below, worst_first
+from polygon_pipeline.datasets.coverage import Shortfall, below, totals, worst_first
 from polygon_pipeline_tests.support.bars import DAY, HALF_DAY
 from polygon_pipeline_tests.support.day_files import columns, schema
 from polygon_pipeline_tests.support.planned_day import Minute, PlannedDay, online
@@ -74,6 +74,12 @@ def test_without_a_reference_no_minute_is_lost_and_those_without_a_bar_are_unkno
         0,
     )
     assert quiet["unknown_minutes"] == 960
+
+
+def test_no_bar_of_a_past_day_that_is_played_counts_as_late(tmp_path: Path) -> None:
+    """It came when it was played, days after its end."""
+    assert PlannedDay(tmp_path, {("SPY", 0): "late"}, in_real_time=False).rows()["SPY"]["late_minutes"] is None
+    assert "late_minutes" not in totals(tmp_path / "coverage.parquet")
 
 
 def test_a_reference_of_some_tickers_leaves_the_others_unknown(tmp_path: Path) -> None:

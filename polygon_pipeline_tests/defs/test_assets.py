@@ -10,9 +10,16 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DAILY_BARS, DERIVED, NORMALIZED_BARS, RESAMPLED
+from polygon_pipeline.datasets.catalog import (
+    BAR_COVERAGE,
+    DAILY_BARS,
+    DERIVED,
+    NORMALIZED_BARS,
+    RESAMPLED,
+    SESSION_REPORT,
+)
 from polygon_pipeline.definitions import build_defs
-from polygon_pipeline.defs.assets import _not_made_before, _tries
+from polygon_pipeline.defs.assets import _difference_row, _not_made_before, _tries
 from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset
@@ -24,7 +31,7 @@ from polygon_pipeline_tests.support.day_files import read
 from polygon_pipeline_tests.support.materializing import latest_metadata, materialize
 
 PROJECT = Project()
-_DATASETS = [NORMALIZED_BARS.name, *(dataset.name for dataset in DERIVED), BAR_COVERAGE.name]
+_DATASETS = [NORMALIZED_BARS.name, *(dataset.name for dataset in DERIVED), BAR_COVERAGE.name, SESSION_REPORT.name]
 
 
 def test_every_asset_is_partitioned_by_trading_day_and_described() -> None:
@@ -69,6 +76,7 @@ def test_a_days_datasets_are_made_of_its_raw_bars_and_show_what_they_hold(
         NORMALIZED_BARS.name: (3, 2),
         **{dataset.name: (2, 2) for dataset in DERIVED},
         BAR_COVERAGE.name: (2, 2),
+        SESSION_REPORT.name: (2, 2),
     }
     normalized = shown[NORMALIZED_BARS.name]
     assert (normalized["frame_files"], normalized["raw_objects_without_frames"]) == (1, 0)
@@ -133,6 +141,9 @@ def test_a_day_says_how_it_stands_and_how_its_checks_went(lake: Lake, instance: 
     assert shown["day_state_detail"].startswith("not known, New York: 04:00-19:59")
     assert shown["checks"] == "0 of 1 passed; failed: day_is_complete"
     assert latest_metadata(instance, NORMALIZED_BARS.name, DAY.isoformat())["checks"] == "7 of 7 passed"
+    report = latest_metadata(instance, SESSION_REPORT.name, DAY.isoformat())
+    assert report["checks"] == "8 of 9 passed; failed: day_is_complete"
+    assert report["report"].startswith("**Monday, 26 January 2026: partial**, not known, New York: 04:00-19:59")
     [complete] = [c for c in result.get_asset_check_evaluations() if c.check_name == "day_is_complete"]
     assert (complete.passed, complete.severity) == (False, dg.AssetCheckSeverity.ERROR)
 
@@ -145,3 +156,23 @@ def test_assets_of_seconds_exist_only_where_they_are_collected() -> None:
     seconds = {"raw_second_bars", "normalized_second_bars"}
     assert not names(Channel.MINUTE) & seconds
     assert names(Channel.MINUTE, Channel.SECOND) == names(Channel.MINUTE) | seconds
+
+
+def test_a_difference_from_the_history_is_shown_in_what_differs_and_in_new_yorks_time() -> None:
+    values = {"open": 1.0, "high": 2.0, "low": 0.5, "close": 1.5, "volume": 1000.0, "vwap": None}
+    row = _difference_row(
+        {
+            "ticker": "SPY",
+            "timestamp": "2026-01-26T19:42:00Z",
+            "verdict": "corrected",
+            "stream": values,
+            "reference": values | {"close": 1.6, "volume": 12_345.5, "vwap": 1.55},
+        }
+    )
+    assert row == {
+        "ticker": "SPY",
+        "time": "14:42 New York",
+        "stream": "close 1.5, volume 1,000.0",
+        "history": "close 1.6, volume 12,345.5",
+        "kept": "history",
+    }

@@ -26,7 +26,7 @@ from polygon_pipeline_tests.support.materializing import latest_metadata, materi
 
 KEY = "the-key-that-nobody-may-see-91c4"
 DAYS = ["2026-01-26", "2026-01-27", "2026-01-28"]
-DATASETS = ["normalized_bars", *(dataset.name for dataset in DERIVED), "bar_coverage"]
+DATASETS = ["normalized_bars", *(dataset.name for dataset in DERIVED), "bar_coverage", "session_report"]
 MARKET = SyntheticMarket(["AAPL", "BRK.B"])
 
 

@@ -60,9 +60,10 @@ class PlannedDay:
         subscribed: Sequence[str] | None = None,
         day: date = DAY,
         was_collected: bool = True,
+        in_real_time: bool = True,
     ) -> None:
         folder.mkdir(exist_ok=True)
-        self.was_collected = was_collected
+        self.was_collected, self.in_real_time = was_collected, in_real_time
         self.day, self.folder, self.connected, self.subscribed = day, folder, connected, subscribed
         self.normalized = folder / "normalized.parquet"
         dataset_file(self.normalized, (collected_row(*minute, kind) for minute, kind in sorted(bars.items())))
@@ -86,5 +87,12 @@ class PlannedDay:
 
     def _coverage(self) -> Coverage:
         return Coverage(
-            self.day, self.normalized, self.reference, self.connected, self.folder, self.subscribed, self.was_collected
+            self.day,
+            self.normalized,
+            self.reference,
+            self.connected,
+            self.folder,
+            self.subscribed,
+            self.was_collected,
+            self.in_real_time,
         )
