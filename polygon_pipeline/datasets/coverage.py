@@ -189,6 +189,11 @@ class Coverage(DuckSession):
         parameters = {**self._parameters, "tickers": None if tickers is None else list(tickers)}
         return self.connection.sql(query, params=parameters).to_arrow_table()
 
+    def market_states(self) -> list[tuple[int, str, int]]:
+        """Of all tickers, how many have each state in each minute: minute, state, tickers."""
+        query = f"{_STATES} SELECT minute, state, count(*) FROM states GROUP BY minute, state ORDER BY minute, state"
+        return self.rows(query, self._parameters)
+
 
 def below(coverage: Path, least_share: float) -> list[Shortfall]:
     """The tickers of a coverage file whose share of traded minutes is below least_share (0 to 1), worst first."""

@@ -8,6 +8,7 @@ All datasets of a channel are made in one step, so that a day is fetched and sca
 as soon as it is stored; a run that is cut or partly fails has made what it reported.
 """
 
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
@@ -20,9 +21,10 @@ from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.making import FailedDay, MadeDataset, current_status, make_days
 from polygon_pipeline.datasets.staleness import AS_OF
+from polygon_pipeline.datasets.wording import clock
 from polygon_pipeline.defs import checks, report_page
 from polygon_pipeline.defs.partitions import Project, days_of, latest_ids, latest_materialization, made_days
-from polygon_pipeline.defs.presenting import clock, table
+from polygon_pipeline.defs.presenting import table
 from polygon_pipeline.defs.reference import reference_asset
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.defs.writer import column_schema, write_day
@@ -204,11 +206,13 @@ def _check_again(
 def _metadata(made: MadeDataset, results: Sequence[checks.DayResult]) -> dict[str, Any]:
     summary = checks.summary(results) if results else ""
     found: dict[str, Any] = {"day_state": str(made.status.state), **({"checks": summary} if summary else {})}
-    if made.report:
-        return found | report_page.metadata(made.day, made.status, made.report, summary)
-    found["day_state_detail"] = made.status.detail
     if made.picture:
-        found["picture"] = dg.MetadataValue.md(f"![coverage of {made.day}](data:image/png;base64,{made.picture})")
+        content = b64encode(made.picture).decode()
+        text = f"![{made.dataset.name} of {made.day}](data:image/png;base64,{content})"
+        found["picture"] = dg.MetadataValue.md(text)
+    if made.report:
+        return report_page.metadata(made.day, made.status, made.report, summary) | found
+    found["day_state_detail"] = made.status.detail
     for name, fact in made.facts.items():
         if name == "differences" and fact:
             found[name] = table([_difference_row(difference) for difference in fact[:_NAMED_DIFFERENCES]])

@@ -15,8 +15,8 @@ from polygon_pipeline.datasets.catalog import RAW_BARS, REFERENCE_BARS
 from polygon_pipeline.datasets.day_state import day_status
 from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, UnfetchedDay, fetch_days
 from polygon_pipeline.datasets.staleness import PastRepair, next_repair, reference_is_due
+from polygon_pipeline.datasets.wording import clock, count, date_and_clock, span
 from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_materialization, made_days
-from polygon_pipeline.defs.presenting import clock, count, date_and_clock, span
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.writer import column_schema, day_metadata, write_day
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps

@@ -13,7 +13,8 @@ import dagster as dg
 
 from polygon_pipeline.datasets.day_state import DayStatus
 from polygon_pipeline.datasets.report import Gap, Mover, Report
-from polygon_pipeline.defs.presenting import change, count, markdown_table, number, percent, plain, span, table
+from polygon_pipeline.datasets.wording import change, count, number, percent, plain, span
+from polygon_pipeline.defs.presenting import markdown_table, table
 
 # The UI shows Markdown that is shorter in the page itself, and longer behind a link.
 _INLINE = 1_000

@@ -12,7 +12,8 @@ import dagster as dg
 
 from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.description import Description, describe
-from polygon_pipeline.defs.presenting import date_and_clock, markdown_table, number, plain
+from polygon_pipeline.datasets.wording import date_and_clock, number, plain
+from polygon_pipeline.defs.presenting import markdown_table
 from polygon_pipeline.lake.dataset_files import put_dataset
 from polygon_pipeline.lake.layout import dataset_key
 from polygon_pipeline.lake.store import Lake

@@ -135,6 +135,7 @@ def test_a_picture_is_drawn_where_it_is_asked_for_and_the_day_is_over(file_lake:
             if isinstance(made, MadeDataset) and made.picture
         ]
 
-    assert pictures(NOW, True, "over") == [catalog.BAR_COVERAGE.name]
+    drawn = [catalog.NORMALIZED_BARS, catalog.DAILY_BARS, catalog.BAR_COVERAGE, catalog.SESSION_REPORT]
+    assert pictures(NOW, True, "over") == [dataset.name for dataset in drawn]
     assert pictures(NOW, False, "not asked for") == []
     assert pictures(datetime(2026, 1, 26, 18, tzinfo=UTC), True, "not over") == []

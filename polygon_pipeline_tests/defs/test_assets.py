@@ -83,7 +83,7 @@ def test_a_days_datasets_are_made_of_its_raw_bars_and_show_what_they_hold(
     assert normalized["history"] == "none yet"
     assert list(normalized["unreadable_objects"]) == [unreadable]
     coverage = shown[BAR_COVERAGE.name]
-    assert coverage["picture"].startswith("![coverage of 2026-01-26](data:image/png;base64,")
+    assert coverage["picture"].startswith("![bar_coverage of 2026-01-26](data:image/png;base64,")
     rows = read(fetch_dataset(lake, NORMALIZED_BARS.name, DAY.isoformat(), tmp_path))
     assert [row["ticker"] for row in rows] == ["QQQ", "SPY", "SPY"]
 

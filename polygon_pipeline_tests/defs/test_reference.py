@@ -63,7 +63,7 @@ def test_days_that_were_not_collected_are_made_from_the_history_and_a_second_run
         assert made[0] == made[1]
         assert len(server.requests) == 2 * 2  # one a ticker, however many days
         shown = latest_metadata(instance, "bar_coverage", DAYS[0])
-        assert shown["picture"].startswith("![coverage of 2026-01-26](data:image/png;base64,")
+        assert shown["picture"].startswith("![bar_coverage of 2026-01-26](data:image/png;base64,")
         assert shown["not_collected_minutes"] == shown["traded_minutes"] > 0
         assert shown["repaired_minutes"] == shown["lost_disconnected"] == 0, "nothing was lost that was not collected"
         assert shown["day_state"] == "final"

@@ -85,6 +85,10 @@ class PlannedDay:
         with self._coverage() as coverage:
             return coverage.minute_states(tickers)
 
+    def market(self) -> list[tuple[int, str, int]]:
+        with self._coverage() as coverage:
+            return coverage.market_states()
+
     def _coverage(self) -> Coverage:
         return Coverage(
             self.day,
