@@ -63,7 +63,7 @@ def open_first(page: Page, url: str) -> None:
 
 def show_lineage(page: Page, url: str) -> None:
     """All assets, from top to bottom, with their groups unfolded."""
-    page.goto(f"{url}/asset-groups?expanded=global@global:bars,global@global:second_bars")
+    page.goto(f"{url}/asset-groups?expanded=global@global:bars")
     page.wait_for_timeout(SETTLED)
     page.locator("button:has([aria-label=panel_show_right])").first.click()
     page.locator("button:has([aria-label=settings])").last.click()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 
@@ -10,17 +11,20 @@ from dagster_aws.s3 import S3Resource
 
 from polygon_pipeline import defs as project_defs
 from polygon_pipeline.datasets.catalog import FOLLOWING, REFERENCE_BARS
-from polygon_pipeline.defs import following
+from polygon_pipeline.defs import following, in_force
 from polygon_pipeline.defs.assets import dataset_assets
 from polygon_pipeline.defs.io_manager import ParquetIOManager
 from polygon_pipeline.defs.partitions import Project
-from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 
 
 def build_defs(project: Project | None = None, resources: Mapping[str, object] | None = None) -> dg.Definitions:
     """The project's definitions. project: by the environment. resources: replacements and more, by key."""
     project = project or Project.from_environment()
-    chosen = {"polygon": PolygonResource(), "lake": LakeResource(s3=S3Resource()), **(resources or {})}
+    chosen = {
+        "polygon": in_force.polygon_resource(os.environ)(),
+        "lake": in_force.lake_resource(os.environ)(s3=S3Resource()),
+        **(resources or {}),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.PreviewWarning)  # the loader is one in 1.13; the pins hold its version
         return dg.Definitions.merge(

@@ -23,16 +23,17 @@ from polygon_pipeline.datasets.making import FailedDay, MadeDataset, current_sta
 from polygon_pipeline.datasets.staleness import AS_OF
 from polygon_pipeline.datasets.wording import clock
 from polygon_pipeline.defs import checks, report_page
+from polygon_pipeline.defs.describing import describing
 from polygon_pipeline.defs.partitions import Project, days_of, latest_ids, latest_materialization, made_days
 from polygon_pipeline.defs.presenting import table
 from polygon_pipeline.defs.reference import reference_asset
 from polygon_pipeline.defs.resources import LakeResource
-from polygon_pipeline.defs.writer import column_schema, write_day
+from polygon_pipeline.defs.writer import write_day
 from polygon_pipeline.lake.dataset_files import fetch_dataset
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 
-_GROUPS = {Channel.MINUTE: "bars", Channel.SECOND: "second_bars"}
+_STEPS = {Channel.MINUTE: "bars_datasets", Channel.SECOND: "second_bars_datasets"}
 
 # A run's start takes 5 to 10 s, as long as twenty days of a watch list; a hundred whole-market days take half an hour,
 # in which no other day is made.
@@ -66,11 +67,7 @@ def dataset_assets(project: Project) -> list[dg.AssetSpec | dg.AssetsDefinition]
 
 def _raw_asset(project: Project, dataset: Dataset) -> dg.AssetSpec:
     return dg.AssetSpec(
-        dataset.name,
-        description=dataset.description,
-        partitions_def=project.trading_days,
-        group_name=_GROUPS[dataset.channel],
-        kinds={"websocket", "json"},
+        dataset.name, partitions_def=project.trading_days, kinds={"python", "json"}, **describing(dataset)
     )
 
 
@@ -78,17 +75,15 @@ def _channel_assets(project: Project, channel: Channel) -> dg.AssetsDefinition:
     datasets = [dataset for dataset in catalog.FOLLOWING if dataset.channel is channel]
 
     @dg.multi_asset(
-        name=f"{_GROUPS[channel]}_datasets",
+        name=_STEPS[channel],
         specs=[
             dg.AssetSpec(
                 dataset.name,
-                description=dataset.description,
                 deps=[needed.name for needed in dataset.inputs],
                 partitions_def=project.trading_days,
-                group_name=_GROUPS[channel],
                 kinds={"duckdb", "parquet"},
-                metadata=column_schema(dataset),
                 skippable=True,
+                **describing(dataset, project.is_simulated),
             )
             for dataset in datasets
         ],
@@ -151,7 +146,7 @@ def _make(
                 made.dataset.name,
                 partition=made.day.isoformat(),
                 description=report_page.headline(made.status, made.report) if made.report else None,
-                metadata=metadata | shown | {AS_OF: as_of[made.day]},
+                metadata=shown | metadata | shown | {AS_OF: as_of[made.day]},  # what is said of the day comes first
             )
         )
 
@@ -206,13 +201,14 @@ def _check_again(
 def _metadata(made: MadeDataset, results: Sequence[checks.DayResult]) -> dict[str, Any]:
     summary = checks.summary(results) if results else ""
     found: dict[str, Any] = {"day_state": str(made.status.state), **({"checks": summary} if summary else {})}
+    if made.report:
+        found = report_page.metadata(made.day, made.status, made.report, summary) | found
+    else:
+        found["day_state_detail"] = made.status.detail
     if made.picture:
         content = b64encode(made.picture).decode()
         text = f"![{made.dataset.name} of {made.day}](data:image/png;base64,{content})"
         found["picture"] = dg.MetadataValue.md(text)
-    if made.report:
-        return report_page.metadata(made.day, made.status, made.report, summary) | found
-    found["day_state_detail"] = made.status.detail
     for name, fact in made.facts.items():
         if name == "differences" and fact:
             found[name] = table([_difference_row(difference) for difference in fact[:_NAMED_DIFFERENCES]])

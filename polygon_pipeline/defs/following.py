@@ -13,6 +13,7 @@ import msgspec
 from polygon_pipeline.collector.launching import REVISIONS
 from polygon_pipeline.datasets.catalog import FOLLOWING, NORMALIZED, Dataset, roots
 from polygon_pipeline.datasets.staleness import AS_OF, group_days, stale_datasets
+from polygon_pipeline.defs.describing import CHANNEL_TAG
 from polygon_pipeline.defs.partitions import (
     URGENT,
     Project,
@@ -124,7 +125,7 @@ def requests_for(stale: Mapping[date, Sequence[Dataset]], key: str) -> list[dg.R
                 request = dg.RunRequest(
                     run_key=f"{span[0]} to {span[-1]}, {channel} of {len(names)} datasets, {key}",
                     asset_selection=[dg.AssetKey(name) for name in names],
-                    tags=day_tags(span) | (URGENT if span[-1] == newest else {}),
+                    tags=day_tags(span) | {CHANNEL_TAG: str(channel)} | (URGENT if span[-1] == newest else {}),
                 )
                 requests.append((span[-1], request))
     return [request for _, request in sorted(requests, key=lambda found: found[0], reverse=True)]

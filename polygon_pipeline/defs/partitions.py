@@ -33,10 +33,12 @@ _CLOSURES_AHEAD = timedelta(days=400)
 
 @dataclass(frozen=True)
 class Project:
-    """What of the settings decides which assets and partitions there are. history_start: the first partition."""
+    """What of the settings decides which assets and partitions there are, and whether they are to be fresh.
+    history_start: the first partition."""
 
     history_start: date = settings.HISTORY_START
     channels: tuple[Channel, ...] = (Channel.MINUTE,)
+    is_simulated: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Project:
@@ -50,7 +52,7 @@ class Project:
             start = settings.history_start(environment)
         except settings.ConfigurationError:
             start = cls.history_start
-        return cls(start, channels)
+        return cls(start, channels, settings.is_simulated(environment))
 
     @cached_property
     def trading_days(self) -> dg.TimeWindowPartitionsDefinition:

@@ -16,9 +16,10 @@ from polygon_pipeline.datasets.day_state import day_status
 from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, UnfetchedDay, fetch_days
 from polygon_pipeline.datasets.staleness import PastRepair, next_repair, reference_is_due
 from polygon_pipeline.datasets.wording import clock, count, date_and_clock, span
+from polygon_pipeline.defs.describing import describing
 from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_materialization, made_days
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
-from polygon_pipeline.defs.writer import column_schema, day_metadata, write_day
+from polygon_pipeline.defs.writer import day_metadata, write_day
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps
 from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError, brief
 from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
@@ -41,17 +42,20 @@ REPAIR_TAG = "polygon_pipeline/repair"
 
 def reference_asset(project: Project) -> dg.AssetsDefinition:
     """The asset for these partitions."""
+    told = describing(REFERENCE_BARS)
 
     @dg.asset(
         name=REFERENCE_BARS.name,
-        description=REFERENCE_BARS.description,
         partitions_def=project.trading_days,
         backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=DAYS_PER_RUN),
         output_required=False,
         pool="history",
-        group_name="bars",
-        kinds={"rest", "parquet"},
-        metadata=column_schema(REFERENCE_BARS),
+        kinds={"python", "parquet"},
+        description=told["description"],
+        group_name=told["group_name"],
+        owners=told["owners"],
+        tags=told["tags"],
+        metadata=told["metadata"],
     )
     def reference(
         context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource

@@ -31,7 +31,7 @@ def metadata(day: date, status: DayStatus, report: Report, checks: str) -> dict[
     }
     lag = report.lag_seconds
     return {
-        "report": dg.MetadataValue.md(summary(day, status, report, checks)),
+        "at_a_glance": dg.MetadataValue.md(summary(day, status, report, checks)),
         **({"gaps": table([_gap_row(gap) for gap in report.gaps[:_GAPS]])} if report.gaps else {}),
         **{name: markdown_table(rows) for name, rows in tickers.items() if rows},
         "bars": report.bars,

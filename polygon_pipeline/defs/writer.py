@@ -1,7 +1,8 @@
 """The one way a dataset's day gets on the lake, and what its materialization shows.
 
 Belongs here: storing a day's file, and the metadata that every dataset has. Does not belong here: what only one dataset
-says of itself (assets, reference), keys and files (lake.dataset_files), and columns (datasets.catalog).
+says of itself (assets, reference), keys and files (lake.dataset_files), and what an asset says before anything is made
+(describing).
 """
 
 from datetime import datetime
@@ -10,7 +11,6 @@ from typing import Any
 
 import dagster as dg
 
-from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.description import Description, describe
 from polygon_pipeline.datasets.wording import date_and_clock, number, plain
 from polygon_pipeline.defs.presenting import markdown_table
@@ -19,11 +19,8 @@ from polygon_pipeline.lake.layout import dataset_key
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.calendar import NEW_YORK
 
-
-def column_schema(dataset: Dataset) -> dict[str, dg.TableSchema]:
-    """Shows a dataset's columns, as metadata of the asset: in every event it would be most of what Dagster keeps."""
-    columns = [dg.TableColumn(column.name, column.type, column.description) for column in dataset.columns]
-    return {"dagster/column_schema": dg.TableSchema(columns)} if columns else {}
+# So many columns are seen at once in the page.
+_FITTING = 9
 
 
 def write_day(
@@ -53,12 +50,20 @@ def day_metadata(lake: Lake, name: str, day: str, file: Path, preview: bool = Tr
 
 
 def _preview(found: Description) -> dg.MarkdownMetadataValue:
-    """The sample as a Markdown table, its times in New York."""
+    """The sample as a Markdown table, its times in New York.
+
+    Of many columns those are left out that say the same of every ticker: the UI cuts what is too wide.
+    """
     names = [
         f"{name} (New York)" if any(isinstance(row[place], datetime) for row in found.sample) else name
         for place, name in enumerate(found.columns)
     ]
-    return markdown_table([dict(zip(names, map(_cell, row), strict=True)) for row in found.sample])
+    columns = dict(zip(names, zip(*found.sample, strict=True), strict=True))
+    if len(columns) > _FITTING and len(found.sample) > 1:
+        columns = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    return markdown_table(
+        [dict(zip(columns, map(_cell, row), strict=True)) for row in zip(*columns.values(), strict=True)]
+    )
 
 
 def _cell(value: object) -> str:

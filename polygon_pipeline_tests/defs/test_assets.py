@@ -143,7 +143,7 @@ def test_a_day_says_how_it_stands_and_how_its_checks_went(lake: Lake, instance: 
     assert latest_metadata(instance, NORMALIZED_BARS.name, DAY.isoformat())["checks"] == "7 of 7 passed"
     report = latest_metadata(instance, SESSION_REPORT.name, DAY.isoformat())
     assert report["checks"] == "8 of 9 passed; failed: day_is_complete"
-    assert report["report"].startswith("**Monday, 26 January 2026: partial**, not known, New York: 04:00-19:59")
+    assert report["at_a_glance"].startswith("**Monday, 26 January 2026: partial**, not known, New York: 04:00-19:59")
     [complete] = [c for c in result.get_asset_check_evaluations() if c.check_name == "day_is_complete"]
     assert (complete.passed, complete.severity) == (False, dg.AssetCheckSeverity.ERROR)
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import dagster as dg
 import pytest
 
+from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import FOLLOWING, NORMALIZED_BARS, RAW_BARS, REFERENCE_BARS
 from polygon_pipeline.datasets.staleness import AS_OF
 from polygon_pipeline.definitions import build_defs
@@ -83,6 +84,11 @@ def test_a_day_whose_raw_bars_changed_is_made_once(instance: dg.DagsterInstance,
     report(instance, MINUTE, DAYS[:1])
     report(instance, [REFERENCE_BARS.name], DAYS[:1])
     assert ticks.next() == [(DAYS[0], DAYS[0], len(MINUTE))]
+
+
+def test_a_run_says_which_channel_it_makes() -> None:
+    [request] = following.requests_for({DAYS[0]: [catalog.NORMALIZED_SECOND_BARS]}, "")
+    assert request.tags["polygon_pipeline/channel"] == "A"
 
 
 def test_days_that_follow_each_other_go_in_one_run_and_the_newest_come_first(

@@ -81,7 +81,7 @@ def test_nearly_all_is_not_called_all() -> None:
 def test_a_ticker_stays_text() -> None:
     odd = [Mover("[x](http://evil)|", 1.0, 0.5, 1.0, 1.0)]
     shown = report_page.metadata(DAY, STATUS, report_of(up=odd, most_traded=odd), "")
-    for name in ("report", "movers", "most_traded"):
+    for name in ("at_a_glance", "movers", "most_traded"):
         assert r"\[x\]\(http\:\/\/evil\)\|" in shown[name].value
 
 
@@ -94,7 +94,7 @@ def test_a_page_is_shown_at_once_and_is_small_however_much_went_wrong() -> None:
     status = DayStatus(DayState.PARTIAL, "not known, New York: " + "05:00-05:05, " * 40, False)
     report = report_of(gaps=gaps, up=movers, down=movers, most_traded=movers, missing=999, share=0.5)
     shown = report_page.metadata(DAY, status, report, "1 of 9 passed; failed: " + "a_rule_of_ours, " * 20)
-    assert len(shown["report"].value) < 1_000
+    assert len(shown["at_a_glance"].value) < 1_000
     event = dg.AssetMaterialization("session_report", metadata=shown)
     assert len(dg.serialize_value(event)) < 6_500
 
