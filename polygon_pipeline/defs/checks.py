@@ -78,7 +78,7 @@ def check_day(lake: Lake, made: MadeDataset, least_share: float = LEAST_SHARE) -
             found = {"broken_rows": verdict.broken, "examples": verdict.examples}
             yield DayResult(name, rule, not verdict.broken, found)
         unreadable = made.facts.get("unreadable_objects", {})
-        yield DayResult(name, "every_object_readable", not unreadable, {"objects": sorted(unreadable)})
+        yield DayResult(name, "every_object_readable", not unreadable, {"unreadable_objects": sorted(unreadable)})
         balance = reconcile(lake, made.day, made.dataset.channel)
         yield DayResult(name, "ledger_balances", not balance.errors, balance._asdict())
     elif made.dataset == BAR_COVERAGE:

@@ -73,7 +73,7 @@ def _source(dataset: Dataset) -> dg.CodeReferencesMetadataValue:
     """Where its rows are made, and in a checkout the README's section on what it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)  # the pins hold its version
-        module = _MODULES[dataset]
+        module = _MODULES.get(dataset, "datasets/catalog.py")
         places: list[dg.LocalFileCodeReference | dg.UrlCodeReference] = [
             dg.LocalFileCodeReference(file_path=str(_PACKAGE / module), label=module)
         ]

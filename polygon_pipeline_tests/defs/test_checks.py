@@ -93,7 +93,7 @@ def test_an_object_that_could_not_be_read_fails_its_rule_and_is_named(file_lake:
     unreadable = {"raw-data/2026-01-26/SPY/2026-01-26T17:00:00Z.json": "not JSON"}
     found = check_bars(file_lake, tmp_path, [normalized_row()], {"unreadable_objects": unreadable})
     assert failed(found) == {"every_object_readable"}
-    assert values(found["every_object_readable"]) == {"objects": list(unreadable)}
+    assert values(found["every_object_readable"]) == {"unreadable_objects": list(unreadable)}
 
 
 @pytest.mark.parametrize(("objects_on_lake", "passes"), [(3, True), (4, True), (2, False)])

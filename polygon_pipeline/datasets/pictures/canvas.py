@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from polygon_pipeline.datasets.wording import span
 from polygon_pipeline.market.calendar import NEW_YORK, Session, session
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ OUTSIDE = (246, 247, 249)  # behind pre-market and after hours
 
 TITLE, TEXT, SMALL = 17, 13, 12
 _LEAST_GAP = 3
+_LABEL = 100  # the widest of a gap
 _MINUTE = timedelta(minutes=1)
 
 
@@ -138,6 +140,14 @@ class DayAxis:
             missing = max(0.0, _LEAST_GAP - 1 - (end - begin))
             found.append((begin - missing / 2, end + missing / 2))
         return found
+
+    def label_gaps(self, canvas: Canvas, top: float, gaps: Sequence[Span]) -> None:
+        """When they were, where there is place for it. top: the labels' upper edge."""
+        free = 0.0
+        for (first, last), (begin, _) in zip(gaps, self.gap_places(gaps), strict=True):
+            left = min(begin, self.left + self.width - _LABEL)
+            if left >= free:
+                free = left + canvas.text(left, top, f"gap {span(first, last)}", SMALL) + 8
 
     def hours(self, canvas: Canvas, top: float, every: int = 1) -> None:
         """The hours' labels. top: their upper edge. every: so many hours apart."""

@@ -24,7 +24,6 @@ from polygon_pipeline.datasets.pictures.canvas import (
     DayAxis,
     Span,
 )
-from polygon_pipeline.datasets.wording import span
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +84,9 @@ def heat_map(
     canvas = Canvas(bottom + _BOTTOM, _LEFT + axis.width + 20)
     canvas.text(8, 6, f"Minute bars of {day:%A}, {day}, New York time", TITLE)
     _legend(canvas)
-    _gap_labels(canvas, axis, gaps)
+    for begin, end in axis.gap_places(gaps):
+        canvas.box(begin, _TOP - 4, end, _TOP, GRID)
+    axis.label_gaps(canvas, _TOP - 20, gaps)
     top = _TOP
     for heading, found in groups:
         canvas.text(8, top + 5, heading, SMALL, colour=FAINT_INK)
@@ -150,12 +151,3 @@ def _legend(canvas: Canvas) -> None:
     for label, colour in reversed(_STATES.values()):
         canvas.box(left, 36, left + 10, 46, colour, GRID)
         left += 15 + canvas.text(left + 15, 33, label, SMALL) + 16
-
-
-def _gap_labels(canvas: Canvas, axis: DayAxis, gaps: Sequence[Span]) -> None:
-    """When no collector was connected: a mark above the rows, and its times where they fit."""
-    free = 0.0
-    for (first, last), (begin, end) in zip(gaps, axis.gap_places(gaps), strict=True):
-        canvas.box(begin, _TOP - 4, end, _TOP, GRID)
-        if begin >= free:
-            free = begin + canvas.text(begin, _TOP - 20, f"gap {span(first, last)}", SMALL) + 8

@@ -21,9 +21,8 @@ from polygon_pipeline.datasets.pictures.canvas import (
     short,
 )
 from polygon_pipeline.datasets.session import DuckSession
-from polygon_pipeline.datasets.wording import span
 
-_LEFT, _WIDTH, _TOP, _BARS, _LAG = 46, 960, 62, 190, 120
+_LEFT, _WIDTH, _TOP, _BARS, _LAG = 46, 960, 68, 190, 120
 _COLLECTED: Colour = (74, 128, 189)
 _ADDED: Colour = (244, 172, 40)
 _SLOWEST: Colour = (205, 208, 214)
@@ -53,10 +52,10 @@ def draw(day: date, normalized: Path, gaps: Sequence[Span], in_real_time: bool, 
     bottom = _TOP + _BARS
     canvas = Canvas(bottom + 28 + (_LAG + 52 if lags else 0))
     canvas.text(8, 6, f"{day:%A}, {day}: the session as it was collected, New York time", TITLE)
-    left = canvas.text(_LEFT, 34, "Bars per minute:") + _LEFT
+    left = canvas.text(_LEFT, 29, "Bars per minute:") + _LEFT
     for label, colour in (("from the stream", _COLLECTED), ("added from the history", _ADDED)):
-        canvas.box(left + 12, 37, left + 22, 47, colour)
-        left += 28 + canvas.text(left + 27, 34, label)
+        canvas.box(left + 12, 32, left + 22, 42, colour)
+        left += 28 + canvas.text(left + 27, 29, label)
     axis.background(canvas, _TOP, bottom, gaps)
     most = max((collected + added for _, collected, added, _ in minutes), default=0) or 1
     _scale(canvas, axis, _TOP, bottom, most, short(most))
@@ -66,7 +65,7 @@ def draw(day: date, normalized: Path, gaps: Sequence[Span], in_real_time: bool, 
             canvas.box(x, top - added / most * _BARS, x, top, _ADDED)
         if collected:
             canvas.box(x, top, x, bottom, _COLLECTED)
-    _gap_labels(canvas, axis, gaps)
+    axis.label_gaps(canvas, _TOP - 15, gaps)
     axis.hours(canvas, bottom + 5)
     if lags:
         _lag(canvas, axis, bottom + 52, gaps, lags)
@@ -92,11 +91,3 @@ def _scale(canvas: Canvas, axis: DayAxis, top: float, bottom: float, most: float
     canvas.line([(axis.left, top), (axis.left + axis.width, top)], FAINT_GRID)
     canvas.text(axis.left - 5, top, label, SMALL, "rm", FAINT_INK)
     canvas.text(axis.left - 5, bottom, "0", SMALL, "rm", FAINT_INK)
-
-
-def _gap_labels(canvas: Canvas, axis: DayAxis, gaps: Sequence[Span]) -> None:
-    """The times of gaps, those that fit."""
-    free = 0.0
-    for (first, last), (begin, _) in zip(gaps, axis.gap_places(gaps), strict=True):
-        if begin >= free:
-            free = begin + canvas.text(begin, _TOP - 14, span(first, last), SMALL - 1) + 8

@@ -14,7 +14,7 @@ from polygon_pipeline.datasets.pictures.canvas import GAP, Span
 from polygon_pipeline_tests.support.bars import DAY, Row, at, moment, normalized_row
 from polygon_pipeline_tests.support.day_files import dataset_file
 
-LEFT, TOP = 46, 62
+LEFT, TOP = 46, 68
 
 
 def draw(folder: Path, rows: Sequence[Row], gaps: Sequence[Span] = (), in_real_time: bool = True) -> Image.Image:
