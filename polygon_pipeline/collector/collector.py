@@ -191,7 +191,7 @@ class _Run:
         self._yielding = False
         self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # for `main` to log
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # for `main` to raise
-        self._recovered: queue.SimpleQueue[Account] = queue.SimpleQueue()  # of lost runs, for `main` to report
+        self._recovered: queue.SimpleQueue[Publisher] = queue.SimpleQueue()  # of lost runs, for `main` to report
         self._store_fault: str | None = None
         self._drain_deadline = math.inf
         self._reported: dict[date, int] = {}
@@ -284,8 +284,11 @@ class _Run:
     def _report_recovered(self) -> None:
         """Reports the days of lost runs, which are on the lake now."""
         while not self._recovered.empty():
-            account = self._recovered.get()
-            self._on_checkpoint(replace(self._progress(), account=account, dates=frozenset(account.days)))
+            lost = self._recovered.get()
+            account, tickers = lost.account, len(lost.tickers)
+            self._on_checkpoint(
+                replace(self._progress(), account=account, tickers=tickers, dates=frozenset(account.days))
+            )
 
     def _log_messages(self) -> None:
         while not self._messages.empty():
@@ -378,7 +381,7 @@ class _Run:
             publisher.account.ended_by = f"died; its journal was published by {self._plan.run}"
         self._persist(lambda: publisher.put_ledger(complete=True))
         journal.discard()
-        self._recovered.put(publisher.account)
+        self._recovered.put(publisher)
         self._messages.put(
             (logging.WARNING, f"recovered {waiting} bytes and {publisher.account.bars} bars in all of run {header.run}")
         )

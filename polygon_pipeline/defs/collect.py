@@ -18,11 +18,13 @@ import dagster as dg
 from pydantic import BaseModel, Field, ValidationError
 
 from polygon_pipeline import demo
-from polygon_pipeline.collector import launching
+from polygon_pipeline.collector import launching, telling
 from polygon_pipeline.collector.collector import Collector, Plan, Progress
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.supervision import (
+    STOPPED_TAG,
+    TERMINATED_BY_HAND,
     PatientLog,
     Reports,
     StopRequest,
@@ -106,13 +108,30 @@ def collect_aggregates(context: dg.OpExecutionContext, polygon: PolygonResource,
                 feed_is_over,
                 lambda: _ORPHANED if is_orphan() else None,
             )
-            reports = Reports(context.log_event)
-            collector = Collector(opened, _plan(context.run_id, wanted, config, day, url), PatientLog(context.log))
-            reason = collector.run(ending, lambda progress: _report(reports, wanted, progress))
+            log, reports = PatientLog(context.log), Reports(context.log_event)
+            stood: list[Progress] = []
+
+            def report(progress: Progress) -> None:
+                stood[:] = [progress]
+                _report(reports, wanted, progress)
+
+            collector = Collector(opened, _plan(context.run_id, wanted, config, day, url), log)
+            reason = collector.run(ending, report)
             reports.send(_PATIENCE_SECONDS)
-        if reason in (_TERMINATED, _ORPHANED):
-            report_canceling(context.instance, context.run_id, reason)
-            raise dg.DagsterExecutionInterruptedError  # returning would call it a success
+        [progress] = stood  # the last report is of the run's end
+        if reason not in (_TERMINATED, _ORPHANED):
+            log.info(telling.summary(progress, day, wanted.tickers, wanted.time_base))
+            return
+        # Returning would call it a success. A step that fails while its run is being canceled ends it as canceled too,
+        # and shows a sentence where an interruption shows its stack twice.
+        run = report_canceling(context.instance, context.run_id, reason)
+        if run and run.status is dg.DagsterRunStatus.CANCELING:
+            by_hand = run.tags.get(STOPPED_TAG) == TERMINATED_BY_HAND
+            raise dg.Failure(
+                telling.farewell(progress, day, wanted.tickers, wanted.time_base, by_hand, datetime.now(UTC)),
+                allow_retries=False,
+            )
+        raise dg.DagsterExecutionInterruptedError
 
 
 # Job and op share a name, which a graph between them must not have.
@@ -201,7 +220,7 @@ def _after(seconds: float | None) -> Ending:
 
 def _report(reports: Reports, wanted: Settings, progress: Progress) -> None:
     """Materializes the raw assets of every trading day that got bars."""
-    account = progress.account
+    account, now = progress.account, datetime.now(UTC)
     for day in sorted(progress.dates):
         if calendar.session(day) is None:
             continue  # its bars are on the lake, but it has no partition
@@ -209,6 +228,7 @@ def _report(reports: Reports, wanted: Settings, progress: Progress) -> None:
             reports.add(
                 dg.AssetMaterialization(
                     catalog.RAW[channel].name,
+                    description=telling.standing(progress, count.bars, wanted.tickers, wanted.time_base, now),
                     partition=day.isoformat(),
                     metadata={
                         "feed": wanted.feed,

@@ -12,7 +12,8 @@ import dagster as dg
 
 from polygon_pipeline import demo
 from polygon_pipeline.collector.launching import Outcome, PastRun, Start, decide_live
-from polygon_pipeline.collector.lease import Watch
+from polygon_pipeline.collector.lease import Watch, read_lease
+from polygon_pipeline.collector.telling import live_status
 from polygon_pipeline.defs.collect import FAILED_FOR_GOOD_TAG, FEED_TAG, SESSION_DATE_TAG, collect_aggregates_job
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.supervision import (
@@ -47,13 +48,15 @@ _RUNS_LOOKED_AT = 200
     description="Starts one collector per session, and the next attempt when one failed. Without a key: the demo.",
 )
 def market_session_sensor(
-    context: dg.SensorEvaluationContext, polygon: PolygonResource
+    context: dg.SensorEvaluationContext, polygon: PolygonResource, lake: LakeResource
 ) -> dg.RunRequest | dg.SkipReason:
     wanted = polygon.settings()  # what cannot work fails the tick, in red and with its sentence
     decide = demo.decide if wanted.is_demo else decide_live
-    decision = decide(datetime.now(UTC), _LOADED_AT, _past_runs(context.instance, wanted.feed))
+    runs = _past_runs(context.instance, wanted.feed)
+    decision = decide(datetime.now(UTC), _LOADED_AT, runs)
     if not isinstance(decision, Start):
-        return dg.SkipReason(decision.reason)
+        at_work = any(run.outcome is Outcome.ACTIVE for run in runs)
+        return dg.SkipReason(f"{decision.reason}: {_live_status(lake)}" if at_work else decision.reason)
     day = decision.session_date.isoformat()
     return dg.RunRequest(
         # A run key is remembered for ever, whatever became of its run: so the attempt is part of it.
@@ -78,6 +81,14 @@ def lost_runs_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) ->
     return dg.SkipReason(
         f"runs reported failed because their process is lost: {failed}" if failed else "no run is lost"
     )
+
+
+def _live_status(lake: LakeResource) -> str:
+    """What the lease says of the collector at work; a lake that is away fails no tick."""
+    try:
+        return live_status(read_lease(lake.open()), datetime.now(UTC))
+    except (*STORE_ERRORS, LakeError) as error:
+        return f"its lease cannot be read ({brief(error)})"
 
 
 def _past_runs(instance: dg.DagsterInstance, feed: str) -> Sequence[PastRun]:

@@ -138,8 +138,9 @@ def note_termination(instance: dg.DagsterInstance, run_id: str) -> None:
         _TERMINAL.warning(f"Dagster's storage is away, so the run's status is not known: {error}")
 
 
-def report_canceling(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
-    """Lets the interruption that follows end the run as canceled; without it Dagster would call it a failure.
+def report_canceling(instance: dg.DagsterInstance, run_id: str, reason: str) -> dg.DagsterRun | None:
+    """Lets the end of the step that follows end the run as canceled; without it Dagster would call it a failure.
+    Returns the run as it is then.
 
     A run that is terminated by hand is to stay ended; one whose process only gets a signal goes on with the next start
     of Dagster.
@@ -148,6 +149,8 @@ def report_canceling(instance: dg.DagsterInstance, run_id: str, reason: str) -> 
     run = instance.get_run_by_id(run_id)
     if run is not None and not run.is_finished and run.status is not dg.DagsterRunStatus.CANCELING:
         instance.report_run_canceling(run, message=f"The collector ends: {reason}.")
+        return instance.get_run_by_id(run_id)
+    return run
 
 
 def fail_lost_collectors(

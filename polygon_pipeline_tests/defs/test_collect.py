@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -18,6 +19,7 @@ from polygon_pipeline.defs.supervision import STOPPED_TAG, TERMINATED_BY_HAND, S
 from polygon_pipeline.settings import load
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline_tests.support.bars import DAY
+from polygon_pipeline_tests.support.feeds import event
 
 
 @pytest.mark.slow
@@ -66,6 +68,54 @@ def test_a_termination_by_hand_is_noted_when_it_comes_and_not_when_the_run_has_d
         noted = instance.get_run_by_id(run.run_id)
     assert noted
     assert noted.tags[STOPPED_TAG] == TERMINATED_BY_HAND
+
+
+@pytest.mark.slow
+def test_a_run_that_is_terminated_by_hand_ends_canceled_and_says_what_is_safe_and_what_is_not_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYGON_API_KEY", "simulator")
+    monkeypatch.setenv("POLYGON_TICKERS", "SPY,IBM")
+    monkeypatch.setenv("LAKE_URI", (tmp_path / "lake").as_uri())
+    monkeypatch.setenv("JOURNAL_DIR", str(tmp_path / "journal"))
+    run_config = {"ops": {"collect_aggregates": {"config": {"session_date": DAY.isoformat()}}}}
+    feed = [event(ticker, minute) for minute in range(5) for ticker in ("SPY", "IBM")]
+    with Exchange(feed, speed=0) as exchange, dg.DagsterInstance.ephemeral() as instance:
+
+        class Terminated(StopRequest):
+            """Terminate is pressed when the feed has played."""
+
+            @property
+            def received(self) -> bool:
+                [run] = instance.get_runs()
+                if exchange.finished.is_set() and run.status is dg.DagsterRunStatus.STARTED:
+                    instance.report_run_canceling(run)
+                return exchange.finished.is_set()
+
+            @received.setter
+            def received(self, _: bool) -> None: ...
+
+        monkeypatch.setattr(collect, "StopRequest", Terminated)
+        monkeypatch.setattr(launching, "session_end", lambda _: datetime.max.replace(tzinfo=UTC))
+        monkeypatch.setenv("POLYGON_WEBSOCKET_URL", exchange.url)
+        job = build_defs().get_job_def("collect_aggregates")
+        result = job.execute_in_process(run_config=run_config, instance=instance, raise_on_error=False)
+        [run] = instance.get_runs()
+        checkpoint = instance.get_latest_materialization_event(dg.AssetKey("raw_bars"))
+        ended = next(entry for entry in result.all_events if entry.event_type_value == "PIPELINE_CANCELED")
+    assert run.status is dg.DagsterRunStatus.CANCELED
+    assert run.tags[STOPPED_TAG] == TERMINATED_BY_HAND
+    failure = result.failure_data_for_node("collect_aggregates")
+    assert failure
+    assert failure.user_failure_data
+    assert failure.user_failure_data.description == (
+        "Terminated by hand at 09:35 New York. 10 bars, 2 of 2 tickers, no gaps. Everything that was received is on "
+        "the lake. Not collected: what the market of 2026-01-26 does from now until 20:00. It stays ended; launch "
+        "collect_aggregates to go on. What is missed comes from the vendor's history."
+    )
+    assert "Error" not in str(ended.event_specific_data), "the run's end shows no stack"
+    assert checkpoint
+    assert checkpoint.get_dagster_event().message == "09:35 New York: 10 bars, 2 of 2 tickers, no gaps, nothing waits"
 
 
 def test_a_live_feed_judges_silence_by_the_market_and_a_simulated_one_never(monkeypatch: pytest.MonkeyPatch) -> None:

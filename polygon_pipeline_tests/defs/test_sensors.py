@@ -46,7 +46,7 @@ def _tick(instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
     with dg.build_sensor_context(
         instance=instance,
         repository_def=build_defs().get_repository_def(),
-        resources={"polygon": PolygonResource()},
+        resources={"polygon": PolygonResource(), "lake": LakeResource(s3=S3Resource())},
     ) as context:
         result = sensors.market_session_sensor(context)
     assert isinstance(result, dg.RunRequest | dg.SkipReason)
@@ -86,6 +86,24 @@ def test_no_second_collector_is_requested_while_one_is_queued(instance: dg.Dagst
     skip = _tick(instance)
     assert isinstance(skip, dg.SkipReason)
     assert "2026-11-20" in (skip.skip_message or "")
+
+
+def test_while_a_collector_is_at_work_the_tick_says_how_it_does(
+    instance: dg.DagsterInstance, lake_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _started_run(instance, "2026-11-20")
+    skip = _tick(instance)
+    assert isinstance(skip, dg.SkipReason)
+    assert (skip.skip_message or "").endswith("at work on 2026-11-20: it has no lease yet, or is about to end")
+    _write_lease(lake_dir, run, expires_in=timedelta(minutes=1))
+    skip = _tick(instance)
+    assert isinstance(skip, dg.SkipReason)
+    assert "not connected, 0 bars" in (skip.skip_message or "")
+    monkeypatch.setenv("LAKE_URI", "s3://no-such-bucket")
+    monkeypatch.setenv("POLYGON_API_KEY", "simulator")
+    skip = _tick(instance)
+    assert isinstance(skip, dg.SkipReason)
+    assert "No AWS credentials" in (skip.skip_message or ""), "a lake that is away fails no tick"
 
 
 def test_a_wrong_configuration_is_named_and_nothing_is_started(
