@@ -6,27 +6,21 @@ They have no configuration: whoever reaches the web server chooses a launch's, a
 server of his own. Where they lead, the environment alone says.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster_aws.s3 import S3Resource
 from pydantic import PrivateAttr
 
-from polygon_pipeline import demo, settings
+from polygon_pipeline import access, settings
 from polygon_pipeline.datasets.reference_sources import Sources
 from polygon_pipeline.defs.scratch import scratch_folder
 from polygon_pipeline.lake.store import Lake, S3Access, open_lake
-from polygon_pipeline.polygon.flat_files import BUCKET
 from polygon_pipeline.polygon.rate_limit import RateLimit
 from polygon_pipeline.polygon.rest import RestHistory
-
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
 
 
 class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
@@ -39,7 +33,7 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
         """
         overrides = {"POLYGON_TICKERS": tickers, "POLYGON_CHANNELS": channels}
         given = {name: value for name, value in overrides.items() if value is not None}
-        return settings.load(_environment() | given)
+        return settings.load(access.environment() | given)
 
     @contextmanager
     def history(self) -> Iterator[Sources]:
@@ -50,38 +44,14 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
         """
         wanted = self.settings()
         limit = RateLimit.per_minute(wanted.journal_dir / ".rest-limit", wanted.rest_requests_per_minute)
-        with _rest_url(wanted) as url:
+        with access.rest_url(wanted) as url:
             yield Sources(
                 rest=RestHistory(url, wanted.api_key, limit),
-                flat_files=_flat_files(wanted),
+                flat_files=access.flat_files(wanted),
                 tickers=wanted.tickers,
                 requests_per_second=limit.per_second,
                 staging=wanted.journal_dir / ".history",
             )
-
-
-def _environment() -> dict[str, str]:
-    """The environment, with the demo's defaults. From now on this process asks no proxy for this machine."""
-    settings.keep_proxies_off_this_machine(os.environ)
-    return demo.with_defaults(os.environ)
-
-
-@contextmanager
-def _rest_url(wanted: settings.Settings) -> Iterator[str]:
-    if wanted.rest_url is not None:
-        yield wanted.rest_url
-        return
-    with demo.rest_server(wanted) as url:
-        yield url
-
-
-def _flat_files(wanted: settings.Settings) -> "ObjectStore | None":
-    if wanted.flat_files_url is None:
-        return None
-    import boto3
-
-    session = boto3.Session(wanted.flat_files_key_id, wanted.flat_files_secret, region_name="us-east-1")
-    return open_lake(f"s3://{BUCKET}", lambda: S3Access(session, wanted.flat_files_url, ca_bundle=_ca_bundle())).store
 
 
 class LakeResource(dg.ConfigurableResource["LakeResource"]):
@@ -103,7 +73,7 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
 
     def open(self) -> Lake:
         """Raises LakeError or settings.ConfigurationError for a lake that cannot be as it is configured."""
-        return open_lake(settings.lake_uri(_environment()), self._s3_access)
+        return open_lake(settings.lake_uri(access.environment()), self._s3_access)
 
     def _s3_access(self) -> S3Access:
         import boto3
@@ -115,26 +85,6 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
             region_name=self.s3.region_name,
             profile_name=self.s3.profile_name,
         )
-        # The client knows the endpoint from the resource, AWS_ENDPOINT_URL and the profile, in boto3's order.
-        region = session.region_name or "us-east-1"
-        url = session.client("s3", endpoint_url=self.s3.endpoint_url, region_name=region).meta.endpoint_url
-        if url.endswith((".amazonaws.com", ".amazonaws.com.cn")):
-            url = None
-        else:
-            settings.require_private("AWS_ENDPOINT_URL", url, "https", "http")
-        return S3Access(
-            session=session,
-            endpoint_url=url,
-            unsigned=self.s3.use_unsigned_session,
-            verify_certificates=self.s3.verify is not False,
-            ca_bundle=_ca_bundle(),
+        return access.s3_access(
+            session, self.s3.endpoint_url, unsigned=self.s3.use_unsigned_session, verify=self.s3.verify is not False
         )
-
-
-def _ca_bundle() -> bytes | None:
-    """AWS_CA_BUNDLE's content. Raises settings.ConfigurationError where it cannot be read."""
-    path = os.environ.get("AWS_CA_BUNDLE")
-    try:
-        return Path(path).read_bytes() if path else None
-    except OSError as error:
-        raise settings.ConfigurationError(f"AWS_CA_BUNDLE cannot be read: {error}.") from error
