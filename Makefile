@@ -5,11 +5,21 @@ BIN := .venv/bin
 AUDIT := .venv/audit
 export DAGSTER_HOME := $(CURDIR)/var/dagster
 
+# pip says nothing for a minute; the seconds show that it works. Its exit code is kept.
+define install
+	@n=0; while sleep 5; do n=$$((n + 5)); printf '\rInstalling into .venv, once: %s s of about 90' $$n; done & \
+	ticks=$$!; trap 'kill $$ticks' EXIT; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(1) && echo && touch $@
+endef
+
 .PHONY: dev check test static bench fuzz audit format clean
 
-# The web UI on http://127.0.0.1:3000, with sensors, schedules and, without POLYGON_API_KEY, the simulated demo.
+PORT := 3000
+
+# The web UI on http://127.0.0.1:3000 (PORT=3001: on another port), with sensors, schedules and, without POLYGON_API_KEY,
+# the simulated demo.
 dev: $(BIN)/.installed $(DAGSTER_HOME)/dagster.yaml
-	$(BIN)/dagster dev --host 127.0.0.1 --port 3000
+	@$(BIN)/python -m polygon_pipeline.terminal --port $(PORT)
 
 # Lint, types, the import contract and the fast tests: under a minute.
 check: static
@@ -49,16 +59,13 @@ $(BIN)/python:
 	python3 -m venv .venv
 
 $(BIN)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	touch $@
+	$(call install,.)
 
 $(BIN)/.installed-dev: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	$(call install,'.[dev]')
 
 $(BIN)/.installed-bench: $(BIN)/.installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	touch $@
+	$(call install,'.[bench]')
 
 # In an environment of its own: what it needs is none of the project's dependencies.
 $(AUDIT)/bin/pip-audit:

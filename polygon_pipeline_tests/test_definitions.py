@@ -59,6 +59,14 @@ def test_loading_needs_no_environment_and_no_network() -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
+def test_loading_says_nothing_on_the_terminal() -> None:
+    """Every process of every run would say it again."""
+    code = "from polygon_pipeline.definitions import defs; defs.get_repository_def().get_all_jobs()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
+
+
 def test_what_is_put_into_the_folder_of_definitions_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("import dagster as dg\n\n\n@dg.asset\ndef my_own() -> None: ...\n")
     monkeypatch.setattr(project_defs, "__path__", [*project_defs.__path__, str(tmp_path)])

@@ -15,6 +15,8 @@ from polygon_pipeline.lake.ledger import Account, Gap, TimeBase
 from polygon_pipeline.market.calendar import NEW_YORK, session
 
 _NAMED_GAPS = 3
+# What is on its way to the lake does not wait.
+_ON_ITS_WAY_SECONDS = 5.0
 
 
 def standing(progress: Progress, bars: int, wanted: Sequence[str], time_base: TimeBase, now: datetime) -> str:
@@ -114,7 +116,7 @@ def _safe(progress: Progress) -> str:
 
 
 def _waiting(backlog_bytes: int, seconds: float, fault: str | None) -> str:
-    if not backlog_bytes:
+    if not backlog_bytes or (seconds < _ON_ITS_WAY_SECONDS and not fault):
         return "nothing waits"
     return f"{_size(backlog_bytes)} wait on disk, for {seconds:.0f} s" + (f" ({fault})" if fault else "")
 
