@@ -46,7 +46,8 @@ _OF_RUN = re.compile(
     r" - (?P<message>.*)"
 )
 _OF_SENSOR = re.compile(r"__repository__ - (?P<sensor>\w+) - (?P<message>.*)")
-_ERROR = re.compile(r"(?:[\w]+\.)*(\w+): (.+)")
+# An error's last line: `package.Kind: text`, or `KindError: text` of Python's own.
+_ERROR = re.compile(r"(?:(?:\w+\.)+(?P<kind>\w+)|\w*(?:Error|Exception))(?:: (?P<text>.+))?")
 
 _COLLECTOR = "collect_aggregates"
 _SHOWN_LEVELS = {"INFO", "WARNING", "ERROR", "CRITICAL"}
@@ -65,6 +66,7 @@ _OF_STACK = re.compile(
 def shown(lines: Iterable[str]) -> Iterator[str]:
     """What a person sees of Dagster's lines, given without their ends."""
     failed: str | None = None  # what to put before an error whose text follows
+    is_told = False  # whether what follows says the same again
     for raw in lines:
         line = _COLOURS.sub("", raw)
         if not (found := _LINE.fullmatch(line)):
@@ -72,17 +74,20 @@ def shown(lines: Iterable[str]) -> Iterator[str]:
                 continue
             error = _ERROR.fullmatch(line)
             if failed and error:
-                yield f"{failed}{error[2] if error[1] == 'Failure' else line}"
-            else:
+                is_told = error["kind"] == "Failure"  # a sentence, and then its causes
+                yield f"{failed}{error['text'] if is_told else line}"
+            elif not (is_told and error):
                 yield line
             failed = None
             continue
         at, logger, level, text = found.groups()
         if logger.startswith("dagster") and _ROUTINE.match(text):
             continue
+        is_told = False
         clock = f"{datetime.strptime(at, '%Y-%m-%d %H:%M:%S %z').astimezone(NEW_YORK):%H:%M:%S}"
         mark = "" if level in ("INFO", "DEBUG") else f"{level} "
         if run := _OF_RUN.fullmatch(text):
+            is_told = run["event"] == "RUN_FAILURE" and "Steps failed" in run["message"]
             name = "" if run["job"] == _COLLECTOR else f"{run['step'] or run['logging'] or run['job']}: "
             if run["event"] == "STEP_FAILURE":
                 failed = f"{clock} {mark}{name}"

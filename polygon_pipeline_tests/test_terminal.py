@@ -35,17 +35,17 @@ def event(level: str, kind: str, text: str, job: str = "collect_aggregates", ste
     return line(level, f"{job} - {RUN} - 8126{step} - {kind} - {text}")
 
 
-FAILURE = [
-    event("ERROR", "STEP_FAILURE", 'Execution of step "a_step" failed.', job="datasets"),
-    "",
-    "dagster._core.definitions.events.Failure: The bucket does not exist. Create it.",
+STACK = [
     "",
     "Stack Trace:",
     '  File "/somewhere/dagster/_core/execution/plan/execute_plan.py", line 243, in dagster_event_sequence_for_step',
     "    yield from check.generator(step_events)",
     "",
-    event("ERROR", "RUN_FAILURE", "Steps failed: ['a_step'].", job="datasets", step=""),
 ]
+SENTENCE = "dagster._core.definitions.events.Failure: The bucket does not exist. Create it."
+CAUSE = "The above exception was caused by the following exception:"
+FAILED_STEP = [event("ERROR", "STEP_FAILURE", 'Execution of step "a_step" failed.', job="datasets"), ""]
+FAILED_RUN = [event("ERROR", "RUN_FAILURE", "Steps failed: ['a_step'].", job="datasets", step=""), ""]
 
 
 @pytest.mark.parametrize(
@@ -76,27 +76,23 @@ def test_what_concerns_the_market_is_shown_without_run_ids_in_new_yorks_time(sai
     assert list(shown([said])) == seen
 
 
-def test_a_failed_run_is_two_lines() -> None:
-    assert list(shown(FAILURE)) == [
+def test_a_failed_run_is_two_lines_whatever_caused_it() -> None:
+    told = [SENTENCE, *STACK, CAUSE, "a_package.errors.LakeError: The bucket does not exist. Create it.", *STACK]
+    assert list(shown([*FAILED_STEP, *told, *FAILED_RUN, *told])) == [
         "22:38:45 ERROR a_step: The bucket does not exist. Create it.",
         "22:38:45 ERROR datasets: Steps failed: ['a_step'].",
     ]
 
 
 def test_an_error_that_nobody_foresaw_has_its_kind_and_its_cause() -> None:
-    unforeseen = [
-        *FAILURE[:2],
-        'dagster._core.errors.DagsterExecutionStepExecutionError: Error occurred while executing op "a_step":',
-        *FAILURE[3:7],
-        "",
-        "The above exception was caused by the following exception:",
-        "ValueError: 3 is no price",
-        *FAILURE[3:7],
-    ]
-    assert [text.rpartition("ERROR ")[2] for text in shown(unforeseen)] == [
-        'a_step: dagster._core.errors.DagsterExecutionStepExecutionError: Error occurred while executing op "a_step":',
-        "ValueError: 3 is no price",
-    ]
+    unforeseen = 'dagster._core.errors.DagsterExecutionStepExecutionError: Error occurred while executing op "a_step":'
+    lines = [*FAILED_STEP, unforeseen, *STACK, CAUSE, "ValueError: 3 is no price", *STACK]
+    assert list(shown(lines)) == [f"22:38:45 ERROR a_step: {unforeseen}", "ValueError: 3 is no price"]
+
+
+def test_an_error_of_another_process_is_not_taken_for_a_cause() -> None:
+    lines = [*FAILED_STEP, SENTENCE, line("INFO", "something else"), "OSError: the disk is full"]
+    assert list(shown(lines))[-1] == "OSError: the disk is full"
 
 
 def test_ctrl_c_leaves_no_stacks() -> None:

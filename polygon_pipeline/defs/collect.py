@@ -265,4 +265,4 @@ def _permanent(context: dg.OpExecutionContext, *errors: type[Exception]) -> Iter
     except errors as error:
         if not isinstance(error, NoCredentials):
             context.instance.add_run_tags(context.run_id, {FAILED_FOR_GOOD_TAG: type(error).__name__})
-        raise dg.Failure(str(error), allow_retries=False) from error
+        raise dg.Failure(str(error), allow_retries=False) from None  # it says all there is to correct
