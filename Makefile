@@ -12,7 +12,7 @@ define install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(1) && echo && touch $@
 endef
 
-.PHONY: dev check test static bench fuzz audit format clean
+.PHONY: dev doctor check test static bench fuzz audit format clean
 
 PORT := 3000
 
@@ -20,6 +20,11 @@ PORT := 3000
 # the simulated demo.
 dev: $(BIN)/.installed $(DAGSTER_HOME)/dagster.yaml
 	@$(BIN)/python -m polygon_pipeline.terminal --port $(PORT)
+
+# What works and what does not, a line each, with what to do; `make doctor DOCTOR="--backfill 2024-01-01"` says what a
+# backfill from that day on costs.
+doctor: $(BIN)/.installed
+	@$(BIN)/python -m polygon_pipeline.doctor $(DOCTOR)
 
 # Lint, types, the import contract and the fast tests: under a minute.
 check: static

@@ -64,8 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="scratch-") as scratch:
         run = Run(options.full, options.seed, options.folder.resolve(), Path(scratch).resolve())
         print(_machine(run))
-        for name in options.names or NAMES:
+        names = options.names or NAMES
+        for number, name in enumerate(names):
+            started = time.monotonic()
+            say(f"{name} … ({number + 1} of {len(names)}{_left(reports, names[number:])})")
             (reports / f"{name}.md").write_text(_report(run, name))
+            say(f"{name} took {time.monotonic() - started:.0f} s")
+            (reports / f"{name}.seconds").write_text(f"{time.monotonic() - started:.1f}")
     if options.write:
         # Those that did not run now as they were last time.
         found = [file.read_text() for name in NAMES if (file := reports / f"{name}.md").exists()]
@@ -74,14 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _report(run: Run, name: str) -> str:
-    started = time.monotonic()
-    say(f"{name} …")
     tables = []
     for table in importlib.import_module(f"benchmarks.{name}").benchmark(run):
         tables.append(table.markdown())
         print(f"\n{tables[-1]}", flush=True)
-    say(f"{name} took {time.monotonic() - started:.0f} s")
     return "\n\n".join(tables)
+
+
+def _left(reports: Path, names: Sequence[str]) -> str:
+    """How long these benchmarks take by their last runs here; nothing where one has not run yet."""
+    last = [file for name in names if (file := reports / f"{name}.seconds").exists()]
+    if len(last) < len(names):
+        return ""
+    return f", about {sum(float(file.read_text()) for file in last) / 60:.1f} min left"
 
 
 def _machine(run: Run) -> str:

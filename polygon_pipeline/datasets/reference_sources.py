@@ -42,7 +42,7 @@ _STAGED_FOR = timedelta(hours=6)
 # A run that is under way has added an answer since.
 _SWEPT_AFTER = timedelta(days=1)
 # Longer than anyone would wait for: a whole market by a free plan's requests.
-_LONGEST_SECONDS = 12 * 3600.0
+LONGEST_SECONDS = 12 * 3600.0
 _REPORT_EVERY_SECONDS = 30.0
 _NAMED = 5
 
@@ -91,15 +91,19 @@ def fetch_days(
     cannot be fetched is given with its problem, and the others go on; store errors are raised.
     """
     _sweep(sources.staging)
-    by_rest = []
-    for day in sorted(days):
-        if sources.flat_files is None or now < expected_at(day):
-            by_rest.append(day)
-            continue
+    by_file = [day for day in sorted(days) if sources.flat_files is not None and now >= expected_at(day)]
+    by_rest = [day for day in sorted(days) if day not in by_file]
+    began = reported = time.monotonic()
+    for done, day in enumerate(by_file, 1):
+        assert sources.flat_files
         try:
             yield _from_flat_file(lake, day, sources.flat_files, _new(folder, day), now)
         except _PROBLEMS as problem:
             yield UnfetchedDay(day, problem)
+        if time.monotonic() - reported >= _REPORT_EVERY_SECONDS:
+            reported = time.monotonic()
+            left = duration((reported - began) / done * (len(by_file) - done))
+            report(f"{done} of {len(by_file)} flat files are fetched, about {left} left")
     for span in _spans(by_rest):
         try:
             yield from _from_rest(lake, span, sources, folder, now, report)
@@ -127,9 +131,9 @@ def _from_rest(
 ) -> Iterator[FetchedDay]:
     tickers = _tickers(days, sources)
     needed = seconds_left(0, len(tickers), 0, sources.requests_per_second)
-    if needed > _LONGEST_SECONDS:
+    if needed > LONGEST_SECONDS:
         raise HistoryRefused(
-            f"{len(tickers)} tickers by REST would take {_duration(needed)} for {days[0]} to {days[-1]}. Set "
+            f"{len(tickers)} tickers by REST would take {duration(needed)} for {days[0]} to {days[-1]}. Set "
             "POLYGON_FLAT_FILES_KEY_ID and POLYGON_FLAT_FILES_SECRET for the whole market, name fewer "
             "POLYGON_TICKERS, or raise POLYGON_REST_REQUESTS_PER_MINUTE to what the plan allows."
         )
@@ -207,10 +211,10 @@ def _stage(
         nonlocal reported
         if done == total or time.monotonic() - reported >= _REPORT_EVERY_SECONDS:
             reported = time.monotonic()
-            report(f"{days[0]} to {days[-1]}: {done} of {total} tickers fetched, about {_duration(seconds)} left")
+            report(f"{days[0]} to {days[-1]}: {done} of {total} tickers fetched, about {duration(seconds)} left")
 
     if missing:
-        pace = _duration(seconds_left(0, len(missing), 0, sources.requests_per_second))
+        pace = duration(seconds_left(0, len(missing), 0, sources.requests_per_second))
         report(f"asking REST for {len(missing)} tickers from {days[0]} to {days[-1]}: {pace} at the plan's pace")
         refused = sources.rest.fetch_many(missing, days[0], days[-1], use, progress, is_served=bool(staged))
         if refused:
@@ -271,7 +275,8 @@ def _asked_at(file: Path) -> datetime:
     return datetime.fromtimestamp(int(file.stem.rpartition("@")[2]) / 1000, UTC)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people: `40 s`, `12 min`, `10.0 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

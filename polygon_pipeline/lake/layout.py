@@ -20,6 +20,9 @@ FORMAT = 1
 # Who collects into this lake, with its live status.
 LEASE_KEY = "lease.json"
 
+# What `make doctor` writes to see whether the store keeps conditions. Nothing reads it, and it may be removed.
+DOCTOR_KEY = "doctor.json"
+
 _NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\.json", re.ASCII)
 
 # Archives of ours and of others: a name that is one name to whatever reads files by patterns.

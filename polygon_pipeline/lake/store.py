@@ -225,6 +225,16 @@ class Lake:
                 content = self._claim_first(feed)
         except STORE_ERRORS as error:
             raise permanent_error(error, self.uri, self.bucket_region) or error from error
+        self._require_claim(content, feed)
+
+    def is_claimed(self, feed: str) -> bool:
+        """Whether the lake says already that this feed fills it; nothing is written. Raises as claim() does."""
+        content = self.get(layout.FEED_KEY)
+        if content is not None:
+            self._require_claim(content, feed)
+        return content is not None
+
+    def _require_claim(self, content: bytes, feed: str) -> None:
         found = _decode_claim(content)
         if found is None:
             raise LakeError(

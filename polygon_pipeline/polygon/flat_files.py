@@ -9,6 +9,8 @@ A published file may be replaced later: its ETag shows it, and an unchanged file
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -71,24 +73,42 @@ def fetch_flat_file(
     key = flat_file_key(day)
     part = target.with_name(f"{target.name}.part")
     try:
-        found = obstore.get(store, key, options={"if_none_match": known_etag} if known_etag else None)
-        if known_etag and found.meta["e_tag"] == known_etag:  # not every server heeds the condition
-            return None
-        with part.open("wb") as file:
-            for chunk in found:
-                file.write(chunk)
-        os.replace(part, target)
-        return FlatFile(found.meta["e_tag"], found.meta["last_modified"])
+        with _told(store, day, now):
+            found = obstore.get(store, key, options={"if_none_match": known_etag} if known_etag else None)
+            if known_etag and found.meta["e_tag"] == known_etag:  # not every server heeds the condition
+                return None
+            with part.open("wb") as file:
+                for chunk in found:
+                    file.write(chunk)
+            os.replace(part, target)
+            return FlatFile(found.meta["e_tag"], found.meta["last_modified"])
     except NotModifiedError:
         return None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def look_at_flat_file(store: ObjectStore, day: date, now: datetime) -> int:
+    """Asks for a day's file without fetching more than its first byte; returns its size. Raises as fetch_flat_file."""
+    with _told(store, day, now):
+        found = obstore.get(store, flat_file_key(day), options={"range": (0, 1)})
+        found.bytes()
+        return found.meta["size"]
+
+
+@contextmanager
+def _told(store: ObjectStore, day: date, now: datetime) -> Iterator[None]:
+    """The store's errors about a day's file, as what they mean."""
+    try:
+        yield
+    except NotModifiedError:
+        raise
     except _NOT_FOUND as error:
         raise _absent(day, now) from error
     except _FORBIDDEN as error:
         raise _forbidden(store, day, now) from error
     except BaseError as error:
-        raise _unavailable(key, error) from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise _unavailable(flat_file_key(day), error) from error
 
 
 def _absent(day: date, now: datetime) -> Exception:

@@ -169,14 +169,17 @@ class RestHistory:
     what is not there, and HistoryUnavailable when the tries are used up.
     """
 
-    def __init__(self, url: str, key: str, limit: RateLimit, *, backoff: wait_base = _BACKOFF) -> None:
+    def __init__(
+        self, url: str, key: str, limit: RateLimit, *, tries: int = _TRIES, backoff: wait_base = _BACKOFF
+    ) -> None:
         if not (key.isascii() and key.isprintable()):  # the HTTP library's error would show it
             raise HistoryRefused("POLYGON_API_KEY has characters that no key has.")
         self._url = url.rstrip("/")
         self._key = key
         self._limit = limit
+        self._tries = tries
         self._backoff = backoff
-        self._pool = _pool(
+        self._pool = connections(
             url,
             maxsize=CONCURRENCY,
             timeout=_TIMEOUT,
@@ -268,7 +271,7 @@ class RestHistory:
         name = url.partition("?")[0]
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Passing),
-            stop=tenacity.stop_after_attempt(_TRIES),
+            stop=tenacity.stop_after_attempt(self._tries),
             wait=self._pause,
             sleep=tenacity.sleep_using_event(stop),  # and then the limit raises Stopped
             reraise=True,
@@ -276,7 +279,7 @@ class RestHistory:
         try:
             asked_at, body = retrying(self._request, url, name, stop)
         except _Passing as error:
-            raise HistoryUnavailable(f"{name} failed {_TRIES} times, the last time because {error}.") from error
+            raise HistoryUnavailable(f"{name} failed {self._tries} times, the last time because {error}.") from error
         try:
             answer = msgspec.json.decode(body, type=_Answer)
             if bytes(answer.results) == b"null":
@@ -339,7 +342,7 @@ class RestHistory:
         return without_key(text, self._key, limit)
 
 
-def _pool(url: str, **options: Any) -> urllib3.PoolManager:
+def connections(url: str, **options: Any) -> urllib3.PoolManager:
     """Connections as the environment wants them: https_proxy for https, unless no_proxy has the host."""
     parts = urlsplit(url)
     proxy = getproxies_environment().get(parts.scheme)

@@ -378,6 +378,29 @@ class Stream:
             self._mark_subscribed(connection)
 
 
+def try_key(url: str, key: str) -> str | None:
+    """Connects and authenticates once, subscribes to nothing, and closes: None, or why it did not come to that.
+
+    Takes half a minute at the most. Raises StreamRefused for a key that is refused. Where the account has one
+    connection, this takes it from whoever has it.
+    """
+    stop, accepted = threading.Event(), threading.Event()
+    problems: list[str] = []
+
+    def look(frames: Sequence[bytes]) -> None:
+        if any(status.status == "auth_success" for frame in frames for status in decode_statuses(frame)):
+            accepted.set()
+            stop.set()
+
+    def note(event: ConnectionEvent) -> None:
+        if event.kind is EventKind.DISCONNECTED:
+            problems.append(event.detail)
+            stop.set()
+
+    Stream(url, key, [], on_frames=look, on_event=note, stop=stop).run()
+    return None if accepted.is_set() else problems[0]
+
+
 def _lost(error: Exception) -> _Disconnected:
     return _Disconnected(f"the connection was lost: {type(error).__name__}: {error}")
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.collector.collector import Collector
+from polygon_pipeline.datasets import reference_sources
 from polygon_pipeline.datasets.catalog import REFERENCE_BARS
 from polygon_pipeline.datasets.coverage import Coverage, State
 from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
@@ -49,6 +50,7 @@ from polygon_pipeline.simulator.rest_server import History, HistoryServer, RestF
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline_tests.support.bars import DAY, at
 from polygon_pipeline_tests.support.collecting import plan
+from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.ledgers import ledger_of
 
 WEEK = calendar.trading_days(date(2026, 1, 26), date(2026, 1, 30))
@@ -242,6 +244,25 @@ def test_a_flat_file_is_fetched_once_and_again_after_it_was_replaced(
     rows = bars_of(reference(file_lake, DAY, tmp_path))
     assert rows[bar["ticker"], bar["start_ms"]][4] == 12345.0
     assert len(rows) == len(truth())
+
+
+def test_many_flat_files_say_how_far_they_are_and_how_long_it_takes_still(
+    file_lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_sources, "_REPORT_EVERY_SECONDS", 0.0)
+    files = local_lake(tmp_path / "files")
+    for day in WEEK[:2]:
+        publish(files.store, day, flat_file(MARKET.day_bars(day)))
+    (tmp_path / "scratch").mkdir()
+    said: list[str] = []
+    with vendor(tmp_path) as vendor_:
+        sources = vendor_.sources(flat_files=files)
+        list(fetch_days(file_lake, WEEK[:2], sources, tmp_path / "scratch", LATER, said.append))
+    assert [text.partition(",")[0] for text in said] == [
+        "1 of 2 flat files are fetched",
+        "2 of 2 flat files are fetched",
+    ]
+    assert said[-1].endswith("about 0 s left")
 
 
 def test_a_day_without_a_due_flat_file_comes_from_rest_and_a_late_one_gives_the_time_of_the_next_try(

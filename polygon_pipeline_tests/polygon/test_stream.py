@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon import frame_buffer, stream
 from polygon_pipeline.polygon.messages import decode_frame
-from polygon_pipeline.polygon.stream import Backoff, EventKind, Stream, StreamRefused
+from polygon_pipeline.polygon.stream import Backoff, EventKind, Stream, StreamRefused, try_key
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline_tests.support.client import log_in
 from polygon_pipeline_tests.support.events import RECEIVED_AT
@@ -186,6 +186,23 @@ def test_a_wrong_key_ends_it_at_once_and_names_the_variable_but_not_the_key() ->
     assert "authentication failed" in str(watched.error)
     assert kinds(watched) == [EventKind.CONNECTED, EventKind.REFUSED]
     assert KEY not in str(watched.error) + repr(watched.events)
+
+
+def test_a_key_is_tried_without_subscribing_to_anything() -> None:
+    def script(client: Script) -> None:
+        client.welcome()
+        client.wait_until_the_client_goes()
+
+    with scripted(script) as server:
+        assert try_key(server.url, KEY) is None
+    assert server.heard.get_nowait() == {"action": "auth", "params": KEY}
+    assert server.heard.empty()
+
+
+def test_a_key_that_is_tried_is_refused_as_any_and_a_server_that_is_not_there_is_told() -> None:
+    with Exchange([], key="another-key") as exchange, pytest.raises(StreamRefused, match="POLYGON_API_KEY"):
+        try_key(exchange.url, KEY)
+    assert "could not connect" in (try_key(f"ws://127.0.0.1:{free_ports(1)[0]}/stocks", KEY) or "")
 
 
 def test_a_subscription_the_plan_lacks_ends_it_with_what_was_not_acknowledged() -> None:
