@@ -78,6 +78,7 @@ def make_ledger(header: JournalHeader, account: Account, complete: bool) -> Ledg
         gaps=account.gaps(header.time_base),
         topics=header.topics,
         time_base=header.time_base,
+        lag=account.lags.summary(),
     )
 
 

@@ -97,17 +97,25 @@ class Plan:
 class Progress:
     """How a run stands. Counts are of what is published, since the run's start; times in seconds.
 
-    dates: the session dates that got bars since the last checkpoint. unpublished_seconds: the age of the oldest
-    record that waits on disk, 0.0 when none does.
+    dates: the session dates that got bars since the last checkpoint. backlog_frames, backlog_bytes: what waits on disk;
+    unpublished_seconds: the age of the oldest of it, 0.0 when nothing waits. store_faults: how often the lake did not
+    take a write that was tried again. lease_seconds: how long ago the lease was taken or renewed; None before.
     """
 
     account: Account
     dates: frozenset[date]
     tickers: int
+    gaps: int
+    connected: bool
+    evicted: bool
     elapsed_seconds: float
+    backlog_frames: int
     backlog_bytes: int
     unpublished_seconds: float
     store_fault: str | None
+    store_faults: int
+    lease_seconds: float | None
+    journal_free_bytes: int
 
 
 class Phase(IntEnum):
@@ -127,6 +135,11 @@ class Collector:
         self._plan = plan
         self._log = log
         self._backoff = backoff
+        self._run: _Run | None = None
+
+    def progress(self) -> Progress | None:
+        """How the run stands now, for any thread; None where none has begun."""
+        return self._run.progress() if self._run else None
 
     def run(self, ending: Callable[[], str | None], on_checkpoint: Callable[[Progress], None]) -> str:
         """Collects until `ending` (asked twice a second) gives a reason, then drains, and returns the reason.
@@ -137,7 +150,8 @@ class Collector:
         then is drained all the same.
         """
         with _rare_garbage_collection():
-            return _Run(self._lake, self._plan, self._log, self._backoff, on_checkpoint).run(ending)
+            self._run = _Run(self._lake, self._plan, self._log, self._backoff, on_checkpoint)
+            return self._run.run(ending)
 
 
 class _Run:
@@ -188,11 +202,13 @@ class _Run:
             may_return=self._may_return,
         )
         self._connected = False
+        self._evicted = False
         self._yielding = False
         self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # for `main` to log
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # for `main` to raise
         self._recovered: queue.SimpleQueue[Publisher] = queue.SimpleQueue()  # of lost runs, for `main` to report
         self._store_fault: str | None = None
+        self._store_faults = 0
         self._drain_deadline = math.inf
         self._reported: dict[date, int] = {}
 
@@ -274,7 +290,7 @@ class _Run:
 
     def _checkpoint(self) -> None:
         """Reports to the caller how it stands, and which dates got bars since the last report."""
-        progress = self._progress()
+        progress = self.progress()
         days = progress.account.days
         bars = {day: sum(count.bars for count in channels.values()) for day, channels in days.items()}
         dates = frozenset(day for day, count in bars.items() if count != self._reported.get(day))
@@ -287,7 +303,7 @@ class _Run:
             lost = self._recovered.get()
             account, tickers = lost.account, len(lost.tickers)
             self._on_checkpoint(
-                replace(self._progress(), account=account, tickers=tickers, dates=frozenset(account.days))
+                replace(self.progress(), account=account, tickers=tickers, dates=frozenset(account.days))
             )
 
     def _log_messages(self) -> None:
@@ -300,6 +316,7 @@ class _Run:
         self._journal.append(RecordType.EVENT, msgspec.json.encode(archived(event)))
         if event.kind in (EventKind.SUBSCRIBED, EventKind.DISCONNECTED, EventKind.REFUSED):
             self._connected = event.kind is EventKind.SUBSCRIBED
+            self._evicted = (self._evicted or event.evicted) and not self._connected
         routine = event.kind in (EventKind.CONNECTED, EventKind.SUBSCRIBED) or self._stop_stream.is_set()
         retry = "" if event.retry_seconds is None else f"; next attempt in {event.retry_seconds:.1f} s"
         level = logging.ERROR if (event.retry_seconds or 0) > _ALARMING_SECONDS else logging.WARNING
@@ -397,6 +414,7 @@ class _Run:
                 if self._store_fault is None:
                     self._messages.put((logging.ERROR, f"the lake does not take writes, trying on: {fault}"))
                 self._store_fault = fault
+                self._store_faults += 1
                 if time.monotonic() > self._drain_deadline:
                     raise _GivenUp from error
                 time.sleep(pause)
@@ -418,18 +436,21 @@ class _Run:
     def _renew(self) -> None:
         """Keeps the lease until the run is over. A store that is down does not end it; another holder does."""
         while not self._wait_for(Phase.FINISHED, RENEW_SECONDS):
-            progress = self._progress()
+            progress = self.progress()
             with contextlib.suppress(*STORE_ERRORS):  # `publish` reports them
                 self._lease.renew(
                     CollectorStatus(
-                        connected=self._connected,
+                        connected=progress.connected,
                         bars=progress.account.bars,
                         bars_per_second=round(progress.account.bars / progress.elapsed_seconds, 1),
                         last_bar=progress.account.last_received_at,
                         backlog_bytes=progress.backlog_bytes,
                         unpublished_seconds=round(progress.unpublished_seconds, 1),
-                        gaps=len(progress.account.gaps(self._plan.time_base)),
+                        gaps=progress.gaps,
                         store_fault=progress.store_fault,
+                        evicted=progress.evicted,
+                        journal_free_bytes=progress.journal_free_bytes,
+                        lag=progress.account.lags.summary(),
                     )
                 )
 
@@ -446,7 +467,7 @@ class _Run:
         with self._phase_changed:
             return self._phase_changed.wait_for(lambda: self._phase >= phase, seconds)
 
-    def _progress(self) -> Progress:
+    def progress(self) -> Progress:
         account = self._publisher.account
         backlog = self._backlog_bytes()
         now = datetime.now(UTC)
@@ -455,10 +476,17 @@ class _Run:
             account=account,
             dates=frozenset(),
             tickers=len(self._publisher.tickers),
+            gaps=len(account.gaps(self._plan.time_base)),
+            connected=self._connected,
+            evicted=self._evicted,
             elapsed_seconds=time.monotonic() - self._started,
+            backlog_frames=max(0, self._journal.frames - account.frames),
             backlog_bytes=backlog,
             unpublished_seconds=max(0.0, (now - oldest).total_seconds()),
             store_fault=self._store_fault,
+            store_faults=self._store_faults,
+            lease_seconds=self._lease.confirmed_seconds,
+            journal_free_bytes=self._journal.free_bytes(),
         )
 
     def _backlog_bytes(self) -> int:

@@ -24,6 +24,8 @@ import struct
 import threading
 import time
 import zlib
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from enum import IntEnum
@@ -33,6 +35,7 @@ from typing import NamedTuple
 import msgspec
 
 from polygon_pipeline.lake.durable import make_folder, sync_file, sync_path
+from polygon_pipeline.lake.lag import Histogram
 from polygon_pipeline.lake.ledger import TimeBase
 
 # A segment becomes one archive object, and is held in memory while it does.
@@ -42,6 +45,11 @@ SEGMENT_BYTES = 16 * 1024 * 1024
 _GROUP_SECONDS = 0.02
 # A full disk would lose frames: the run fails while there is room to end cleanly.
 MIN_FREE_BYTES = 256 * 1024 * 1024
+
+# How exact `received_on` is, and how many changes of the clock it remembers: more come only while a clock that was set
+# back catches up.
+_CLOCK_TOLERANCE_US = 1000
+_CLOCK_CHANGES = 10_000
 
 _DONE = ".published"
 _CHECK = struct.Struct("<II")  # payload length, CRC-32 of all that follows
@@ -90,7 +98,12 @@ class JournalHeader(msgspec.Struct, frozen=True):
 
 
 class Segments:
-    """The reading side of a run's folder, which this process has locked."""
+    """The reading side of a run's folder, which this process has locked.
+
+    to_synced: how long the frames that this process appends take until they are synced.
+    """
+
+    to_synced: Histogram | None = None
 
     def __init__(self, folder: Path, lock_file: int) -> None:
         self.folder = folder
@@ -105,6 +118,11 @@ class Segments:
     def end_of(self, number: int) -> tuple[int, bool]:
         """How far a segment may be read, and whether nothing will be added to it."""
         raise NotImplementedError
+
+    def received_on(self, _received_at: datetime) -> float | None:
+        """When a record came on this process's clock that never steps (time.monotonic), or None where another process
+        received it, or it cannot be told any more."""
+        return None
 
     def torn_tail(self, number: int) -> bytes:
         """What a closed segment holds behind its last whole record: a write that a kill cut short."""
@@ -153,6 +171,10 @@ class Journal(Segments):
         self._segment_bytes = segment_bytes
         self._changed = threading.Condition()
         self._last_us = 0
+        self._clocks: deque[tuple[int, int]] = deque(maxlen=_CLOCK_CHANGES)  # a stamp; from it on, monotonic less stamp
+        self._unsynced: list[tuple[float, int]] = []  # when frames came, and how many
+        self.to_synced: Histogram = Histogram()
+        self.frames = 0
         self._closed: dict[int, int] = {}
         self._closing: list[tuple[int, int, int]] = []
         self._number = 0
@@ -168,11 +190,13 @@ class Journal(Segments):
 
     def append(self, kind: RecordType, *payloads: bytes) -> None:
         """Adds a record each, stamped with the time, in one write. Raises JournalError when they cannot be kept."""
+        received = time.monotonic()
         with self._changed:
             if self._failure:
                 raise self._failure
             records: list[bytes] = []
             now_us = time.time_ns() // 1000
+            self._note_clock(max(now_us, self._last_us + 1), round(received * 1_000_000))
             for payload in payloads:
                 # Strictly increasing, so that the time alone orders a bar's revisions.
                 self._last_us = max(now_us, self._last_us + 1)
@@ -186,6 +210,9 @@ class Journal(Segments):
                 self._failure = JournalError(f"The journal {self.folder} cannot be written: {error}. Free some space.")
                 raise self._failure from error
             self._written += len(content)
+            if kind is RecordType.FRAME:
+                self.frames += len(payloads)
+                self._unsynced.append((received, len(payloads)))
             if self._written >= self._segment_bytes:
                 self._close_segment()
             self._changed.notify_all()
@@ -196,6 +223,16 @@ class Journal(Segments):
         if moment is not None:
             with self._changed:
                 self._last_us = max(self._last_us, round(moment.timestamp() * 1_000_000))
+
+    def received_on(self, received_at: datetime) -> float | None:
+        stamp_us = round(received_at.timestamp() * 1_000_000)
+        with self._changed:
+            at = bisect_right(self._clocks, stamp_us, key=lambda clock: clock[0])
+            return (stamp_us + self._clocks[at - 1][1]) / 1_000_000 if at else None
+
+    def free_bytes(self) -> int:
+        """What the journal's disk has left."""
+        return shutil.disk_usage(self.folder.parent).free  # the folder itself goes with its run
 
     def rotate(self) -> None:
         """Closes the segment under way, so that it is archived now. Does nothing to an empty one."""
@@ -226,6 +263,13 @@ class Journal(Segments):
                 lambda: number in self._closed or (number == self._number and self._synced > offset), seconds
             )
 
+    def _note_clock(self, stamp_us: int, monotonic_us: int) -> None:
+        """Remembers how far a record's stamp is from the clock that never steps, where that has changed: one number
+        serves all records between two changes, however many wait on disk."""
+        ahead = monotonic_us - stamp_us
+        if not self._clocks or abs(ahead - self._clocks[-1][1]) > _CLOCK_TOLERANCE_US:
+            self._clocks.append((stamp_us, ahead))
+
     def _close_segment(self) -> None:
         self._closing.append((self._number, self._file, self._written))
         self._open_next()
@@ -245,12 +289,16 @@ class Journal(Segments):
                     )
                     closing, self._closing = self._closing, []
                     number, file, written = self._number, self._file, self._written
+                    received, self._unsynced = self._unsynced, []
                     last = not self._is_open and not closing and written == self._synced
                 for _, closed_file, _ in closing:
                     sync_file(closed_file)
                     os.close(closed_file)
                 if written > self._synced:
                     sync_file(file)
+                now = time.monotonic()
+                for at, frames in received:
+                    self.to_synced.add(now - at, frames)
                 self._check_space()
                 with self._changed:
                     self._closed.update({closed: size for closed, _, size in closing})
@@ -271,7 +319,7 @@ class Journal(Segments):
                 self._changed.notify_all()
 
     def _check_space(self) -> None:
-        free = shutil.disk_usage(self.folder).free
+        free = self.free_bytes()
         if free < MIN_FREE_BYTES and not self._failure:
             self._failure = JournalError(
                 f"The disk of JOURNAL_DIR ({self.folder}) has only {free >> 20} MiB left. The collector stops while "

@@ -28,6 +28,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.lag import LagSummary
 from polygon_pipeline.lake.store import NOT_FOUND, Lake
 
 TTL = timedelta(seconds=60)
@@ -46,7 +47,11 @@ class LeaseLost(Exception):
 
 
 class CollectorStatus(msgspec.Struct, frozen=True):
-    """How the holder does. Times in UTC; last_bar: when the last published frame arrived; bars: published so far."""
+    """How the holder does. Times in UTC; last_bar: when the last published frame arrived; bars: published so far.
+
+    evicted: whether another connection has taken the feed over, and it is not back yet. journal_free_bytes: what the
+    journal's disk has left; None where that is not known. lag: in seconds.
+    """
 
     connected: bool = False
     bars: int = 0
@@ -56,6 +61,9 @@ class CollectorStatus(msgspec.Struct, frozen=True):
     unpublished_seconds: float = 0.0
     gaps: int = 0
     store_fault: str | None = None
+    evicted: bool = False
+    journal_free_bytes: int | None = None
+    lag: LagSummary = LagSummary()
 
 
 class Holding(msgspec.Struct, frozen=True):
@@ -109,7 +117,7 @@ def live_run(lake: Lake) -> str | None:
 
 
 class Lease:
-    """A collector's side of it. Not thread-safe, but for is_confirmed. The store's errors pass through: the caller
+    """A collector's side of it. Not thread-safe, but for its properties. The store's errors pass through: the caller
     tries again. clock: as in Watch."""
 
     def __init__(self, lake: Lake, run: str, owner: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -128,6 +136,11 @@ class Lease:
         if not self._lake.is_s3:
             return self._lock is not None
         return self._confirmed is not None and self._clock() - self._confirmed < TTL.total_seconds()
+
+    @property
+    def confirmed_seconds(self) -> float | None:
+        """How long ago the store took the lease for this run the last time; None if it never did."""
+        return None if self._confirmed is None else self._clock() - self._confirmed
 
     def acquire(self, wait: Callable[[float], None] = time.sleep, ended: Collection[str] = ()) -> None:
         """Takes the lease. Raises LeaseHeld where the holder is seen to be alive, and waits until that is clear.
@@ -189,6 +202,7 @@ class Lease:
         if not self._lake.is_s3:
             if self._lock is not None:
                 self._lake.put(layout.LEASE_KEY, content)
+                self._confirmed = started
             return
         for _ in range(_TRIES):
             mode = "create" if self._etag is None else {"e_tag": self._etag}

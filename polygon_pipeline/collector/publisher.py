@@ -26,6 +26,7 @@ IDLE: nothing to do until the journal grows.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import date, datetime
@@ -83,10 +84,12 @@ class _State(msgspec.Struct):
 
 class _Taken(NamedTuple):
     """What a record is published as. line: in the archive of days (without any: of the run's own day), where it has
-    one. bars: only where objects are written, because making them costs more than everything else."""
+    one. bars: only where objects are written, because making them costs more than everything else. received: when a
+    frame of this process came, on the clock that never steps."""
 
     end: int
     received_at: datetime
+    received: float | None
     line: bytes | None
     days: set[date]
     quarantine: list[bytes]
@@ -103,10 +106,12 @@ class Publisher:
         self._batch_bytes = batch_bytes
         self._state_path = journal.folder / "state.json"
         self._state = _State()
-        self._pending: dict[str, bytes] = {}  # the objects of the last batch, until all are put
+        # The objects of the last batch, until all are put, and when their bars came on the clock that never steps.
+        self._pending: dict[str, tuple[bytes, float | None]] = {}
         self._unsynced: set[str] = set()  # those that are put, until all are synced
         self._lines: dict[date, list[bytes]] = defaultdict(list)  # the archive of the segment under way
         self._quarantine: list[bytes] = []
+        self._received: list[float] = []  # when the frames of the segment under way came, on the same clock
         self._known = KnownObjects(lake)
         self.tickers: set[str] = set()
         self.segments_published = 0
@@ -175,6 +180,8 @@ class Publisher:
             end = batch[-1].end
             if end - start >= self._batch_bytes:
                 break
+        if self._journal.to_synced is not None:
+            account.lags.to_synced = self._journal.to_synced  # the journal goes on counting in it
         fresh = self._count_objects(batch, account)
         self._save(_State(self._state.segment, start, end, account))
         # Only now, because until it is saved a batch may be taken again.
@@ -215,12 +222,13 @@ class Publisher:
         at = record.received_at
         if frame is None:
             line = archive.event_line(at, record.payload) if self._header.write_frames else None
-            return _Taken(record.end, at, line, set(), [], [])
+            return _Taken(record.end, at, None, line, set(), [], [])
         if len(days) > 1 or not frame.aggregates:
             days = {day for _, day in count_by_day(frame.aggregates)}
         return _Taken(
             record.end,
             at,
+            self._journal.received_on(at),
             _archive_line(record, frame) if self._header.write_frames else None,
             days,
             [archive.quarantine_line(at, refusal.raw, refusal.reason) for refusal in frame.refused],
@@ -246,11 +254,14 @@ class Publisher:
         if taken.line is not None:
             for day in taken.days or {self._header.session_date}:
                 self._lines[day].append(taken.line)
+            if taken.received is not None:
+                self._received.append(taken.received)
 
     def _keep_objects(self, taken: _Taken) -> None:
         for channel, bar in taken.bars:
             key = layout.raw_key(channel, trade_date(bar.start_ms), bar.ticker, bar.start_ms)
-            self._pending[key] = encode_record(bar, taken.received_at)  # a later revision takes the place
+            # A later revision takes the place.
+            self._pending[key] = encode_record(bar, taken.received_at), taken.received
 
     def _archive_segment(self) -> None:
         """Steps 5 to 7."""
@@ -265,11 +276,15 @@ class Publisher:
             files[layout.quarantine_key(self._header.session_date, run, number)] = b"".join(quarantine)
         for key, content in sorted(files.items()):
             self._lake.put(key, content)
+        archived = time.monotonic()
         self.put_ledger(complete=False)
         self._save(_State(number + 1, 0, 0, account))
         # The next segment's archive starts empty, even if removing this one should fail.
         self._lines.clear()
         self._quarantine.clear()
+        for received in self._received:
+            self.account.lags.to_archive.add(archived - received)
+        self._received.clear()
         self.segments_published += 1
         self._journal.path(number).unlink()
 
@@ -277,9 +292,9 @@ class Publisher:
         write_atomically(self._state_path, msgspec.json.encode(state))
         self._state = state
 
-    async def _put_object(self, item: tuple[str, bytes]) -> None:
+    async def _put_object(self, item: tuple[str, tuple[bytes, float | None]]) -> None:
         """Step 4: writes a bar's record unless the lake has a later revision; then it is not pending any more."""
-        key, content = item
+        key, (content, received) = item
         for attempt in range(1, _OBJECT_TRIES + 1):
             try:
                 while not await self._try_put(key, content):
@@ -290,6 +305,8 @@ class Publisher:
                     raise
                 await asyncio.sleep(0.1 * attempt)
         del self._pending[key]
+        if received is not None:
+            self.account.lags.to_object.add(time.monotonic() - received)
         self._unsynced.add(key)
 
     async def _try_put(self, key: str, content: bytes) -> bool:

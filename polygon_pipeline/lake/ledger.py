@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.lag import Lags, LagSummary
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel, arrival_error
 from polygon_pipeline.market.calendar import session
@@ -73,7 +74,8 @@ class DayCount(msgspec.Struct):
 
 
 class Account(msgspec.Struct):
-    """What a run received, published so far. days: trade date, then channel."""
+    """What a run received, published so far. days: trade date, then channel. lags: of what was published before the
+    account was stored, so an archive's own come with the next."""
 
     frames: int = 0
     events: int = 0
@@ -87,6 +89,7 @@ class Account(msgspec.Struct):
     warnings: list[str] = msgspec.field(default_factory=list)
     last_received_at: datetime | None = None
     ended_by: str = ""
+    lags: Lags = msgspec.field(default_factory=Lags)
 
     def day(self, day: date, channel: Channel) -> DayCount:
         """The count of a trade date and channel, which may be added to."""
@@ -121,7 +124,8 @@ class Account(msgspec.Struct):
 
 
 class Ledger(msgspec.Struct):
-    """complete: the run is over and published. topics: its subscriptions, such as `AM.SPY`."""
+    """complete: the run is over and published. topics: its subscriptions, such as `AM.SPY`. lag: the account's lags
+    for people, in seconds."""
 
     run: str
     feed: str
@@ -135,6 +139,7 @@ class Ledger(msgspec.Struct):
     gaps: list[Gap]
     topics: tuple[str, ...] = ()
     time_base: TimeBase | None = None
+    lag: LagSummary = LagSummary()
 
     def __post_init__(self) -> None:
         if self.time_base is None:  # ledgers from before it was kept; only simulators played past days

@@ -57,11 +57,13 @@ class EventKind(StrEnum):
 
 
 class ConnectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A change of the connection. retry_seconds: how long until the next attempt, after a disconnect."""
+    """A change of the connection. After a disconnect: retry_seconds, how long until the next attempt; evicted: whether
+    another connection took the place."""
 
     kind: EventKind
     detail: str
     retry_seconds: float | None = None
+    evicted: bool = False
 
 
 @dataclass
@@ -181,7 +183,7 @@ class Stream:
                 self._report(ConnectionEvent(EventKind.DISCONNECTED, cause))
                 return
             delay = self._backoff.next_delay(connection.live_seconds, connection.evicted or connection.refused)
-            self._report(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3)))
+            self._report(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3), connection.evicted))
             self._stop.wait(delay)
             while connection.evicted and not self._stop.is_set() and not self._may_return():
                 self._stop.wait(1)

@@ -54,6 +54,10 @@ def test_a_run_publishes_all_it_received_and_then_leaves_no_journal_and_no_lease
     ledger = read_ledger(file_lake)
     assert (ledger.complete, ledger.imbalance, ledger.gaps) == (True, [], [])
     assert ledger.account.bars == len(feed)
+    frames, measured = ledger.account.frames, ledger.lag
+    assert (measured.to_synced.count, measured.to_archive.count) == (frames, frames)
+    assert measured.to_object.count == len(feed)
+    assert measured.to_synced.p50 <= measured.to_archive.p50
     assert (progress[-1].backlog_bytes, progress[-1].store_fault) == (0, None)
     assert list((tmp_path / "journal").iterdir()) == []
     lease = read_lease(file_lake)

@@ -13,6 +13,7 @@ from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.ledger import Ledger, decode_ledger
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline_tests.support.bars import DAY, JsonObject
+from polygon_pipeline_tests.support.waiting import until
 
 
 def journal_header(
@@ -55,3 +56,8 @@ def publish(publisher: Publisher) -> None:
 def read_ledger(lake: Lake, run: str = "run-001") -> Ledger:
     """A run's ledger of DAY."""
     return decode_ledger(lake.get(layout.ledger_key(DAY, run)) or b"")
+
+
+def wait_until_synced(journal: Journal) -> None:
+    """All that was appended to a journal that is still in its first segment."""
+    until(lambda: journal.end_of(1)[0] == journal.path(1).stat().st_size, "the journal is synced", pause=0.001)
