@@ -56,6 +56,7 @@ class Settings:
     channels: tuple[Channel, ...]
     lake_uri: str
     journal_dir: Path
+    metrics_port: int | None
 
     @property
     def is_simulated(self) -> bool:
@@ -109,6 +110,7 @@ def load(environment: Mapping[str, str]) -> Settings:
         channels=channels(environment),
         lake_uri=lake_uri(environment),
         journal_dir=Path(environment.get("JOURNAL_DIR") or "var/journal").resolve(),
+        metrics_port=_metrics_port(environment),
     )
 
 
@@ -181,6 +183,15 @@ def parse_requests(text: str) -> int:
             f"POLYGON_REST_REQUESTS_PER_MINUTE is {text!r}; it must be a whole number from 1 to 6000. A free plan "
             "allows 5, a paid one a hundred a second: 6000."
         )
+    return int(text)
+
+
+def _metrics_port(environment: Mapping[str, str]) -> int | None:
+    text = environment.get("POLYGON_METRICS_PORT", "").strip()
+    if not text:
+        return None
+    if not (re.fullmatch("[0-9]{1,5}", text) and 1 <= int(text) <= 65_535):
+        raise ConfigurationError(f"POLYGON_METRICS_PORT is {text!r}; it must be a port from 1 to 65535.")
     return int(text)
 
 

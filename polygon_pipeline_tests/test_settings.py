@@ -88,6 +88,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         "POLYGON_CHANNELS": "AM,A",
         "LAKE_URI": "s3://bucket/prefix",
         "JOURNAL_DIR": "journal",
+        "POLYGON_METRICS_PORT": "9464",
     }
     assert load(REAL | FLAT_FILES | environment) == Settings(
         feed="polygon",
@@ -102,6 +103,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         channels=(Channel.MINUTE, Channel.SECOND),
         lake_uri="s3://bucket/prefix",
         journal_dir=tmp_path / "journal",
+        metrics_port=9464,
     )
 
 
@@ -306,3 +308,13 @@ def test_every_channel_of_every_ticker_is_a_topic() -> None:
     found = load(REAL | {"POLYGON_TICKERS": "SPY,BRK.B", "POLYGON_CHANNELS": "AM,A"})
     assert sorted(found.topics) == ["A.BRK.B", "A.SPY", "AM.BRK.B", "AM.SPY"]
     assert load(REAL | {"POLYGON_TICKERS": "*"}).topics == ["AM.*"]
+
+
+def test_metrics_are_served_on_a_port_alone_and_not_without_one() -> None:
+    assert load(REAL).metrics_port is None
+    assert load(REAL | {"POLYGON_METRICS_PORT": " 9464 "}).metrics_port == 9464
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "0.0.0.0:9464", "nine", "٩٤٦٤"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    assert "POLYGON_METRICS_PORT" in refused(POLYGON_METRICS_PORT=port)

@@ -18,9 +18,10 @@ import dagster as dg
 from pydantic import BaseModel, Field, ValidationError
 
 from polygon_pipeline import demo
-from polygon_pipeline.collector import launching, telling
+from polygon_pipeline.collector import launching, metrics, telling
 from polygon_pipeline.collector.collector import Collector, Plan, Progress
 from polygon_pipeline.datasets import catalog
+from polygon_pipeline.defs.reference import reported_status
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.supervision import (
     STOPPED_TAG,
@@ -33,7 +34,7 @@ from polygon_pipeline.defs.supervision import (
     report_canceling,
 )
 from polygon_pipeline.lake.ledger import SESSION_OVER, Gap
-from polygon_pipeline.lake.store import LakeError, NoCredentials
+from polygon_pipeline.lake.store import Lake, LakeError, NoCredentials
 from polygon_pipeline.market import calendar
 from polygon_pipeline.polygon.stream import StreamRefused
 from polygon_pipeline.settings import ConfigurationError, Settings
@@ -109,14 +110,18 @@ def collect_aggregates(context: dg.OpExecutionContext, polygon: PolygonResource,
                 lambda: _ORPHANED if is_orphan() else None,
             )
             log, reports = PatientLog(context.log), Reports(context.log_event)
+            collector = Collector(opened, _plan(context.run_id, wanted, config, day, url), log)
+            state = _WatchedState(context.instance, opened, day)
             stood: list[Progress] = []
 
-            def report(progress: Progress) -> None:
+            def on_checkpoint(progress: Progress) -> None:
                 stood[:] = [progress]
                 _report(reports, wanted, progress)
+                if wanted.metrics_port is not None:
+                    state.look()
 
-            collector = Collector(opened, _plan(context.run_id, wanted, config, day, url), log)
-            reason = collector.run(ending, report)
+            with metrics.serving(wanted.metrics_port, day, collector.progress, lambda: state.known, log):
+                reason = collector.run(ending, on_checkpoint)
             reports.send(_PATIENCE_SECONDS)
         [progress] = stood  # the last report is of the run's end
         if reason not in (_TERMINATED, _ORPHANED):
@@ -249,6 +254,22 @@ def _report(reports: Reports, wanted: Settings, progress: Progress) -> None:
                 )
             )
     reports.send()
+
+
+class _WatchedState:
+    """A day's state for the metrics. known: as it was when it was looked at; None where that could not be told."""
+
+    def __init__(self, instance: dg.DagsterInstance, lake: Lake, day: date) -> None:
+        self._instance = instance
+        self._lake = lake
+        self._day = day
+        self.known: str | None = None
+
+    def look(self) -> None:
+        try:
+            self.known = str(reported_status(self._instance, self._lake, self._day, datetime.now(UTC)).state)
+        except Exception:  # noqa: BLE001 whatever is away, the lake or Dagster's storage: that ends no run
+            self.known = None
 
 
 def _as_text(gap: Gap) -> dict[str, str]:

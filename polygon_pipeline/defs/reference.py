@@ -12,7 +12,7 @@ import dagster as dg
 
 from polygon_pipeline.collector.lease import live_run
 from polygon_pipeline.datasets.catalog import RAW_BARS, REFERENCE_BARS
-from polygon_pipeline.datasets.day_state import day_status
+from polygon_pipeline.datasets.day_state import DayStatus, day_status
 from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, UnfetchedDay, fetch_days
 from polygon_pipeline.datasets.staleness import PastRepair, next_repair, reference_is_due
 from polygon_pipeline.datasets.wording import clock, count, date_and_clock, span
@@ -132,6 +132,12 @@ def _store(lake: Lake, fetched: FetchedDay) -> dict[str, Any]:
         "etag": info.etag or "none",
         **({"tickers_refused": dict([*fetched.refused.items()][:20])} if fetched.refused else {}),
     }
+
+
+def reported_status(instance: dg.DagsterInstance, lake: Lake, day: date, now: datetime) -> DayStatus:
+    """A day's state by its ledgers and by what was last reported of its history, which is not fetched for it. Raises
+    the store's errors."""
+    return day_status(day, read_ledgers(lake, day).ledgers, _known_until_ms(instance, day), now, live_run(lake))
 
 
 def _made_at(instance: dg.DagsterInstance, day: date) -> datetime:

@@ -45,6 +45,10 @@ class Histogram(msgspec.Struct):
         self.buckets[number] = self.buckets.get(number, 0) + count
         self.total_seconds += seconds * count
 
+    @property
+    def count(self) -> int:
+        return sum(self.buckets.copy().values())
+
     def percentiles(self) -> Percentiles:
         """All 0.0 where nothing was measured."""
         ordered = self._ordered()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ from typing import cast
 import dagster as dg
 import pytest
 
+from polygon_pipeline import demo
 from polygon_pipeline.collector import launching
 from polygon_pipeline.collector.collector import Plan
 from polygon_pipeline.definitions import build_defs
@@ -20,6 +24,8 @@ from polygon_pipeline.settings import load
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline_tests.support.bars import DAY
 from polygon_pipeline_tests.support.feeds import event
+from polygon_pipeline_tests.support.s3_server import free_ports
+from polygon_pipeline_tests.support.waiting import until
 
 
 @pytest.mark.slow
@@ -128,6 +134,37 @@ def test_a_live_feed_judges_silence_by_the_market_and_a_simulated_one_never(monk
     live, simulated = plan_of(POLYGON_API_KEY="a-key"), plan_of()
     assert (live.quiet_limit(), live.time_base) == (5.0, "processing")
     assert (simulated.quiet_limit(), simulated.time_base) == (None, "event")
+
+
+@pytest.mark.slow
+def test_with_a_port_the_run_serves_its_figures_and_the_days_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [port] = free_ports(1)
+    monkeypatch.setenv("LAKE_URI", (tmp_path / "lake").as_uri())
+    monkeypatch.setenv("JOURNAL_DIR", str(tmp_path / "journal"))
+    monkeypatch.setenv("POLYGON_METRICS_PORT", str(port))
+    monkeypatch.setattr(demo, "SPEED", 10_000.0)
+    served: list[str] = []
+
+    def scrape() -> bool:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=9) as answer,
+        ):
+            served.append(answer.read().decode())
+        return bool(served) and "polygon_day_state" in served[-1]
+
+    scraping = threading.Thread(target=until, args=(scrape, "the day's state is served"))
+    scraping.start()
+    job = build_defs().get_job_def("collect_aggregates")
+    config = {"stop_after_seconds": 8.0, "checkpoint_seconds": 0.3}
+    with dg.DagsterInstance.ephemeral() as instance:
+        run_config = {"ops": {"collect_aggregates": {"config": config}}}
+        assert job.execute_in_process(run_config=run_config, instance=instance).success
+    scraping.join()
+    assert 'polygon_day_state{state="' in served[-1]
+    assert "polygon_bars_total" in served[-1]
 
 
 def test_the_collector_goes_before_every_other_run_and_beside_none_of_its_own() -> None:
