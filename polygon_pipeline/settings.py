@@ -16,7 +16,7 @@ from datetime import date
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from polygon_pipeline.market.bars import Channel, ticker_error
 from polygon_pipeline.market.calendar import FIRST_SESSION
@@ -80,6 +80,47 @@ class Settings:
     def topics(self) -> list[str]:
         """The subscriptions, such as `AM.SPY`."""
         return [f"{channel}.{ticker}" for channel in self.channels for ticker in self.tickers]
+
+
+@dataclass(frozen=True)
+class AlertReceivers:
+    """Who is told what is wrong; each may be missing. The webhook's URL and smtp_url hold secrets."""
+
+    webhook: str | None = field(default=None, repr=False)
+    smtp_url: str | None = field(default=None, repr=False)
+    sender: str = ""
+    recipients: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.webhook or self.smtp_url)
+
+
+def alert_receivers(environment: Mapping[str, str]) -> AlertReceivers:
+    """The POLYGON_ALERT_* variables. Raises ConfigurationError, which shows none of their secrets."""
+    webhook = environment.get("POLYGON_ALERT_WEBHOOK", "").strip() or None
+    smtp_url = environment.get("POLYGON_ALERT_SMTP_URL", "").strip() or None
+    recipients = _addresses("POLYGON_ALERT_TO", environment)
+    sender = _addresses("POLYGON_ALERT_FROM", environment) or recipients[:1]
+    if webhook:
+        _require_encrypted("POLYGON_ALERT_WEBHOOK", webhook, "https", "http")
+    if smtp_url:
+        # smtp:// becomes TLS before anything is sent; where the server is on this machine it need not.
+        _parts("POLYGON_ALERT_SMTP_URL", smtp_url, "smtps", "smtp")
+    if bool(smtp_url) != bool(recipients):
+        raise ConfigurationError(
+            "For alerts by mail both POLYGON_ALERT_SMTP_URL (smtps://[user:password@]host) and POLYGON_ALERT_TO "
+            "(addresses, comma-separated) must be set."
+        )
+    if len(sender) > 1:
+        raise ConfigurationError("POLYGON_ALERT_FROM must be one address.")
+    return AlertReceivers(webhook, smtp_url, sender[0] if sender else "", recipients)
+
+
+def _addresses(variable: str, environment: Mapping[str, str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in environment.get(variable, "").split(",") if name.strip())
+    if wrong := next((name for name in names if not re.fullmatch(r"[!-~]+@[!-~]+", name)), None):
+        raise ConfigurationError(f"{variable} has {wrong!r}, which is no address such as name@example.com.")
+    return names
 
 
 def is_simulated(environment: Mapping[str, str]) -> bool:
@@ -221,15 +262,27 @@ def keep_proxies_off_this_machine(environment: MutableMapping[str, str]) -> None
 
 def require_private(variable: str, url: str, secure: str, plain: str) -> None:
     """The URL must be encrypted, or lead to this machine: keys and data go over nothing else."""
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise ConfigurationError(f"{variable} is not a {secure}:// URL: {error}.") from error
-    if not parts.hostname or parts.scheme not in (secure, plain):
-        raise ConfigurationError(f"{variable} is not a {secure}:// URL.")
+    parts = _parts(variable, url, secure, plain)
     if parts.username or parts.password or parts.query:
         raise ConfigurationError(f"{variable} must hold no credentials, because URLs are logged.")
-    if parts.scheme == plain and not _is_loopback(parts.hostname):
+    _require_encrypted(variable, url, secure, plain)
+
+
+def _parts(variable: str, url: str, secure: str, plain: str) -> SplitResult:
+    """The URL's parts; what it says is in no error, as it may hold a secret."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        raise ConfigurationError(f"{variable} is not a {secure}:// URL.") from None
+    if not parts.hostname or parts.scheme not in (secure, plain):
+        raise ConfigurationError(f"{variable} is not a {secure}:// URL.")
+    return parts
+
+
+def _require_encrypted(variable: str, url: str, secure: str, plain: str) -> None:
+    parts = _parts(variable, url, secure, plain)
+    if parts.scheme == plain and not _is_loopback(parts.hostname or ""):
         raise ConfigurationError(
             f"{variable} is {plain}:// to {parts.hostname}; unencrypted {plain}:// serves this machine only. "
             f"Use {secure}://."

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from polygon_pipeline import settings
 from polygon_pipeline.market.bars import Channel, ticker_error
-from polygon_pipeline.settings import ConfigurationError, Settings, load
+from polygon_pipeline.settings import ConfigurationError, Settings, alert_receivers, load
 
 KEY = "a-very-secret-key"
 SECRET = "another-secret"
@@ -318,3 +318,49 @@ def test_metrics_are_served_on_a_port_alone_and_not_without_one() -> None:
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "0.0.0.0:9464", "nine", "٩٤٦٤"])
 def test_a_port_that_is_none_is_refused(port: str) -> None:
     assert "POLYGON_METRICS_PORT" in refused(POLYGON_METRICS_PORT=port)
+
+
+_HOOK = "https://hooks.example.com/services/a-webhooks-secret-path?key=another-secret"
+_MAIL = {"POLYGON_ALERT_SMTP_URL": "smtps://me:another-secret@mail.example.com", "POLYGON_ALERT_TO": "me@example.com"}
+
+
+def test_nobody_is_told_unless_a_receiver_is_set() -> None:
+    assert not alert_receivers({})
+    assert not alert_receivers({"POLYGON_ALERT_WEBHOOK": " ", "POLYGON_ALERT_SMTP_URL": ""})
+
+
+def test_a_webhook_may_hold_a_secret_and_mails_come_from_their_first_recipient() -> None:
+    found = alert_receivers({"POLYGON_ALERT_WEBHOOK": _HOOK, **_MAIL, "POLYGON_ALERT_TO": "a@example.com, b@x.org"})
+    assert (found.webhook, found.smtp_url) == (_HOOK, _MAIL["POLYGON_ALERT_SMTP_URL"])
+    assert (found.sender, found.recipients) == ("a@example.com", ("a@example.com", "b@x.org"))
+    assert alert_receivers({**_MAIL, "POLYGON_ALERT_FROM": "bot@example.com"}).sender == "bot@example.com"
+    assert "secret" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("environment", "variable"),
+    [
+        ({"POLYGON_ALERT_WEBHOOK": _HOOK.replace("https", "http")}, "POLYGON_ALERT_WEBHOOK"),
+        ({"POLYGON_ALERT_WEBHOOK": _HOOK.replace("https", "file")}, "POLYGON_ALERT_WEBHOOK"),
+        ({"POLYGON_ALERT_WEBHOOK": "another-secret"}, "POLYGON_ALERT_WEBHOOK"),
+        ({"POLYGON_ALERT_WEBHOOK": "https://[another-secret"}, "POLYGON_ALERT_WEBHOOK"),
+        ({**_MAIL, "POLYGON_ALERT_SMTP_URL": "another-secret"}, "POLYGON_ALERT_SMTP_URL"),
+        ({**_MAIL, "POLYGON_ALERT_SMTP_URL": "smtps://me:another-secret@host:port"}, "POLYGON_ALERT_SMTP_URL"),
+        ({**_MAIL, "POLYGON_ALERT_TO": ""}, "POLYGON_ALERT_TO"),
+        ({"POLYGON_ALERT_TO": "me@example.com"}, "POLYGON_ALERT_SMTP_URL"),
+        ({**_MAIL, "POLYGON_ALERT_TO": "Me <me@example.com>"}, "POLYGON_ALERT_TO"),
+        ({**_MAIL, "POLYGON_ALERT_TO": "me@example.com\r\nBcc:x@example.com"}, "POLYGON_ALERT_TO"),
+        ({**_MAIL, "POLYGON_ALERT_FROM": "a@example.com,b@example.com"}, "POLYGON_ALERT_FROM"),
+    ],
+)
+def test_receivers_that_cannot_work_are_refused_by_name_and_without_their_secrets(
+    environment: dict[str, str], variable: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=variable) as refused:
+        alert_receivers(environment)
+    assert "secret" not in str(refused.value)
+    assert "secret" not in str(refused.value.__cause__ or "")
+
+
+def test_a_webhook_on_this_machine_need_not_be_encrypted() -> None:
+    assert alert_receivers({"POLYGON_ALERT_WEBHOOK": "http://127.0.0.1:8080/hook"})
