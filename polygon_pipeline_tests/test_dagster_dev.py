@@ -5,6 +5,7 @@ The built-in simulator is the feed, as in the demo; the web server is asked what
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -30,6 +31,7 @@ from polygon_pipeline.simulator.tickers import WATCH_LIST
 from polygon_pipeline_tests.support.bars import reference_row
 from polygon_pipeline_tests.support.dagster_dev import DagsterDev
 from polygon_pipeline_tests.support.day_files import reference_file
+from polygon_pipeline_tests.support.receivers import webhook
 from polygon_pipeline_tests.support.waiting import until
 
 T = TypeVar("T")
@@ -105,11 +107,11 @@ def test_a_day_gets_to_final_by_itself_whatever_happened_to_its_session(
 ) -> None:
     """A session whose worker is killed and whose next attempt is terminated by hand, while a backfill is under way."""
     dev = DagsterDev(tmp_path, file_lake)
-    try:
-        file_lake.claim("simulated")
+    with webhook() as chat, contextlib.closing(dev):
         backfilled = trading_days(date(2026, 1, 5), date(2026, 3, 31))
+        file_lake.claim("simulated")  # the simulator fills no lake that holds data of nobody knows whom
         _put_history(file_lake, backfilled, tmp_path)
-        dev.start(POLYGON_HISTORY_START="2026-01-02")
+        dev.start(POLYGON_HISTORY_START="2026-01-02", POLYGON_ALERT_WEBHOOK=chat.url)
         asked = dev.backfill([dataset.name for dataset in _MINUTE], backfilled)
         first = _until(lambda: _alive(file_lake), "the sensor starts a collector beside the backfill")
         day = completed_sessions(datetime.now(UTC), 5)[0]
@@ -125,8 +127,10 @@ def test_a_day_gets_to_final_by_itself_whatever_happened_to_its_session(
         ledgers, unreadable, _ = read_ledgers(file_lake, day)
         assert not unreadable
         assert [(ledger.complete, ledger.imbalance) for ledger in ledgers] == [(True, []), (True, [])]
-    finally:
-        dev.close()
+        _until(lambda: chat.texts, "it is told that a run failed")
+        told = [line for text in chat.texts for line in text.splitlines()[1:]]
+        assert told[0].startswith(f"Run {dev.runs()[-1]['runId'][:8]} of collect_aggregates failed ({day})")
+        assert len(told) == len({*told}), "nothing is told twice"
     say(f"a session killed and terminated beside a backfill of {len(backfilled)} days: every day final")
 
 
