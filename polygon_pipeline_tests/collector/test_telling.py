@@ -19,7 +19,22 @@ WANTED = tuple(f"T{number}" for number in range(12))
 
 def progress_of(account: Account, backlog_bytes: int = 0, fault: str | None = None, tickers: int = 12) -> Progress:
     waits = 7.0 if backlog_bytes else 0.0
-    return Progress(account, frozenset({DAY}), tickers, 60.0, backlog_bytes, waits, fault)
+    return Progress(
+        account,
+        frozenset({DAY}),
+        tickers,
+        gaps=len(account.gaps("processing")),
+        connected=True,
+        evicted=False,
+        elapsed_seconds=60.0,
+        backlog_frames=0,
+        backlog_bytes=backlog_bytes,
+        unpublished_seconds=waits,
+        store_fault=fault,
+        store_faults=0,
+        lease_seconds=None,
+        journal_free_bytes=0,
+    )
 
 
 def account_with_a_gap() -> Account:
