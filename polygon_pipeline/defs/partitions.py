@@ -99,12 +99,13 @@ def latest_ids(
 
 
 def days_of(tags: Mapping[str, str]) -> list[date]:
-    """The trading days that a run with these tags makes."""
-    first = tags.get(_FIRST_DAY) or tags.get(_ONE_DAY)
+    """The trading days that a run with these tags makes; none of a user's own partitions that are no days."""
+    first = tags.get(_FIRST_DAY) or tags.get(_ONE_DAY) or ""
     last = tags.get(_LAST_DAY) or first
-    if not first or not last:
+    try:
+        return calendar.trading_days(date.fromisoformat(first), date.fromisoformat(last))
+    except ValueError:
         return []
-    return calendar.trading_days(date.fromisoformat(first), date.fromisoformat(last))
 
 
 def day_tags(days: Sequence[date]) -> dict[str, str]:

@@ -65,3 +65,4 @@ def test_tags_say_which_days_a_run_makes() -> None:
     assert days_of(day_tags(days)) == days
     assert days_of({"dagster/partition": "2025-11-28"}) == [date(2025, 11, 28)]
     assert days_of({}) == []
+    assert days_of({"dagster/partition": "eu|2025"}) == [], "a partition of a user's own"
