@@ -30,8 +30,9 @@ from benchmarks.harness import say
 from benchmarks.processes import CODE_SERVER, COLLECTOR, DAEMON, Usage, folder_mb, usage_by_part
 from polygon_pipeline.datasets.catalog import DAILY_BARS
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.errors import STORE_ERRORS
 from polygon_pipeline.lake.ledger import read_ledgers, reconcile
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import completed_sessions, trading_days
 from polygon_pipeline.polygon.flat_files import expected_at

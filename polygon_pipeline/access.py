@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polygon_pipeline import demo, settings
-from polygon_pipeline.lake.store import S3Access, open_lake
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import open_lake
 from polygon_pipeline.polygon.flat_files import BUCKET
 
 if TYPE_CHECKING:

@@ -33,8 +33,9 @@ from polygon_pipeline.collector.lease import read_lease
 from polygon_pipeline.collector.telling import live_status
 from polygon_pipeline.datasets import backfill_cost
 from polygon_pipeline.datasets.reference_sources import duration
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief, permanent_error
 from polygon_pipeline.lake.probe import ConditionIgnored, probe
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError, brief, open_lake, permanent_error
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK

@@ -18,7 +18,8 @@ import pytest
 from polygon_pipeline import access, demo, doctor
 from polygon_pipeline.doctor import Backfill, Finding, Level, examine
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.flat_files import flat_file_key
 from polygon_pipeline.simulator.rest_server import HistoryServer, RestFault, RestFaultType

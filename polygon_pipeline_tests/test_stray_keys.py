@@ -24,7 +24,8 @@ from polygon_pipeline.defs.reference import repair_sensor
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.lake import external as external_data
 from polygon_pipeline.lake.ledger import reconcile
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar
 from polygon_pipeline_tests.support.journals import finished_journal, frame_of, publish_leftovers, read_ledger

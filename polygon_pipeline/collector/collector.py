@@ -48,8 +48,9 @@ from polygon_pipeline.collector.journal import (
 from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Lease
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.lake.archive import ArchivedEvent
+from polygon_pipeline.lake.errors import STORE_ERRORS, brief, permanent_error
 from polygon_pipeline.lake.ledger import Account, TimeBase, read_ledgers
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake, brief, permanent_error
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.polygon.stream import Backoff, ConnectionEvent, EventKind, Stream
 
 T = TypeVar("T")

@@ -28,8 +28,9 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.errors import NOT_FOUND
 from polygon_pipeline.lake.lag import LagSummary
-from polygon_pipeline.lake.store import NOT_FOUND, Lake
+from polygon_pipeline.lake.store import Lake
 
 TTL = timedelta(seconds=60)
 RENEW_SECONDS = 15.0

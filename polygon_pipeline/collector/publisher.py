@@ -41,9 +41,10 @@ from polygon_pipeline.collector.accounting import count_event, count_frame, make
 from polygon_pipeline.collector.journal import JournalHeader, JournalRecord, RecordType, Segments, write_atomically
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.archive import ArchivedEvent
+from polygon_pipeline.lake.errors import NOT_FOUND, STORE_ERRORS
 from polygon_pipeline.lake.ledger import Account, encode_ledger
 from polygon_pipeline.lake.records import decode_record, encode_record
-from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake, for_each
+from polygon_pipeline.lake.store import Lake, for_each
 from polygon_pipeline.market.bars import Bar, Channel
 from polygon_pipeline.market.calendar import trade_date
 from polygon_pipeline.polygon.messages import Frame, count_by_day, decode_frames, tickers_of

@@ -33,8 +33,9 @@ from polygon_pipeline.defs.supervision import (
     orphan_watch,
     report_canceling,
 )
+from polygon_pipeline.lake.errors import LakeError, NoCredentials
 from polygon_pipeline.lake.ledger import SESSION_OVER, Gap
-from polygon_pipeline.lake.store import Lake, LakeError, NoCredentials
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.polygon.stream import StreamRefused
 from polygon_pipeline.settings import ConfigurationError, Settings

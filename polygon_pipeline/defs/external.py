@@ -13,9 +13,10 @@ from polygon_pipeline.collector.lease import read_lease
 from polygon_pipeline.datasets.catalog import RAW_BARS
 from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.defs.resources import LakeResource
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief
 from polygon_pipeline.lake.external import Found, Position, Report, is_news, look
 from polygon_pipeline.lake.ledger import objects_counted
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError, brief
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.settings import ConfigurationError

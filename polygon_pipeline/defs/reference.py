@@ -20,8 +20,9 @@ from polygon_pipeline.defs.describing import describing
 from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_materialization, made_days
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.writer import day_metadata, write_day
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError, brief
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline.settings import ConfigurationError

@@ -18,7 +18,8 @@ from pydantic import PrivateAttr
 from polygon_pipeline import access, settings
 from polygon_pipeline.datasets.reference_sources import Sources
 from polygon_pipeline.defs.scratch import scratch_folder
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.polygon.rate_limit import RateLimit
 from polygon_pipeline.polygon.rest import RestHistory
 

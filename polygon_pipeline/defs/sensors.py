@@ -23,7 +23,7 @@ from polygon_pipeline.defs.supervision import (
     fail_killed_runs,
     fail_lost_collectors,
 )
-from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief
 
 ATTEMPT_TAG = "polygon_pipeline/attempt"
 _LOADED_AT = datetime.now(UTC)

@@ -10,7 +10,8 @@ from pathlib import Path
 import obstore
 
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.store import NOT_FOUND, Lake
+from polygon_pipeline.lake.errors import NOT_FOUND
+from polygon_pipeline.lake.store import Lake
 
 
 class MissingDataset(Exception):

@@ -15,7 +15,9 @@ from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, S3Access, open_lake
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import open_lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange

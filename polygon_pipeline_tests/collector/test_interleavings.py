@@ -24,8 +24,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from polygon_pipeline.collector.journal import Journal, LeftoverJournal, RecordType, leftovers
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.errors import STORE_ERRORS
 from polygon_pipeline.lake.ledger import Ledger, decode_ledger
-from polygon_pipeline.lake.store import STORE_ERRORS
 from polygon_pipeline.market.bars import Channel, iso_seconds
 from polygon_pipeline.market.calendar import trade_date
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind

@@ -28,7 +28,8 @@ from polygon_pipeline.collector.lease import (
     this_machine,
 )
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.store import NOT_FOUND, STORE_ERRORS, Lake
+from polygon_pipeline.lake.errors import NOT_FOUND, STORE_ERRORS
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline_tests.support.documented_s3 import documented_s3
 from polygon_pipeline_tests.support.faulty_s3 import Fault, FaultyS3, lake_behind
 from polygon_pipeline_tests.support.leases import Clock, holding

@@ -15,8 +15,9 @@ from obstore.exceptions import GenericError
 from polygon_pipeline.collector.journal import leftovers
 from polygon_pipeline.collector.publisher import KnownObjects, Publisher
 from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.errors import STORE_ERRORS
 from polygon_pipeline.lake.records import decode_record
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.archives import archived_lines, quarantined_entries
 from polygon_pipeline_tests.support.bars import DAY, NOON, at, plain_bar, record_line

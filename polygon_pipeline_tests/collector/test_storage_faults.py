@@ -20,7 +20,9 @@ from polygon_pipeline.collector.journal import Journal, RecordType, leftovers
 from polygon_pipeline.collector.lease import read_lease
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError, S3Access, open_lake
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.market.bars import Channel, iso_seconds
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.feed import Event

@@ -14,8 +14,8 @@ import tenacity
 from dagster_aws.s3 import S3Resource
 
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
-from polygon_pipeline.lake import store
-from polygon_pipeline.lake.store import STORE_ERRORS, LakeError, brief
+from polygon_pipeline.lake import s3
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief
 from polygon_pipeline.polygon.errors import HistoryUnavailable
 from polygon_pipeline.polygon.flat_files import fetch_flat_file
 from polygon_pipeline.polygon.rate_limit import RateLimit
@@ -34,7 +34,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAKE_URI", "s3://bucket/lake")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
-    monkeypatch.setitem(store._RETRY, "max_retries", 0)
+    monkeypatch.setitem(s3._RETRY, "max_retries", 0)
 
 
 class Listener:

@@ -25,18 +25,9 @@ from obstore.exceptions import (
 )
 
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.store import (
-    CONCURRENCY,
-    NOT_FOUND,
-    STORE_ERRORS,
-    Lake,
-    LakeError,
-    S3Access,
-    brief,
-    for_each,
-    open_lake,
-    permanent_error,
-)
+from polygon_pipeline.lake.errors import NOT_FOUND, STORE_ERRORS, LakeError, brief, permanent_error
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import CONCURRENCY, Lake, for_each, open_lake
 from polygon_pipeline.market.bars import Channel, ticker_error
 from polygon_pipeline_tests.support.bars import DAY, NOON
 from polygon_pipeline_tests.support.documented_s3 import (

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from obstore.store import S3Store
 
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.market.calendar import NEW_YORK
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import FlatFile, expected_at, fetch_flat_file, flat_file_key

@@ -24,7 +24,8 @@ from xml.sax.saxutils import escape
 
 import boto3
 
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import Lake, open_lake
 
 BUCKET = "a-bucket"
 KMS_REFUSAL = (

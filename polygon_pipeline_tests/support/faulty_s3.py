@@ -21,7 +21,8 @@ from types import TracebackType
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 _BROKEN = (OSError, asyncio.IncompleteReadError)

@@ -10,7 +10,8 @@ from datetime import date
 from pathlib import Path
 
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.store import Lake, S3Access, open_lake
+from polygon_pipeline.lake.s3 import S3Access
+from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.market.bars import Channel
 
 _START_MS = 1769437800000  # 09:30 New York on 2026-01-26
