@@ -5,6 +5,7 @@ Belongs here: asking Dagster, the lake and the disks, and the sensor's cursor. D
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
@@ -22,7 +23,8 @@ from polygon_pipeline.defs.collect import SESSION_DATE_TAG, collect_aggregates_j
 from polygon_pipeline.defs.partitions import days_of
 from polygon_pipeline.defs.reference import reported_status
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
-from polygon_pipeline.lake.store import STORE_ERRORS, Lake, LakeError
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError
+from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.settings import AlertReceivers, ConfigurationError
 
 _RUNS_PER_TICK = 500
@@ -36,6 +38,7 @@ _DAYS_REMEMBERED = 20
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]
 _ASSET_JOB = "__ASSET_JOB"  # Dagster's, for assets that are materialized by hand
 _WILL_RETRY_TAG = "dagster/will_retry"
+_VARIABLE = re.compile(r"\b(?:POLYGON|MASSIVE|LAKE|JOURNAL|AWS)_[A-Z_]+\b")
 
 
 @dg.sensor(
@@ -88,7 +91,10 @@ def _look(
         found += [*_of_lease(memory, holding, now), *_of_days(instance, opened, memory, now)]
         unknown: set[str] = set()
     except ConfigurationError as error:
-        found.append(Cause("configuration:", f"The configuration cannot work: {error}"))
+        # Its text quotes the value, which may be a secret in the wrong place: the names alone are told.
+        names = ", ".join(dict.fromkeys(_VARIABLE.findall(str(error)))) or "A variable"
+        text = f"The configuration cannot work: {names}. market_session_sensor's last tick says what would."
+        found.append(Cause("configuration:", text))
         unknown = {"collector", "day", "lake"}
     except (*STORE_ERRORS, LakeError):
         memory.lease_since = None  # the holder cannot renew it either

@@ -252,9 +252,10 @@ def test_a_lake_that_is_away_is_told_and_makes_nobody_dead(watchman: Watchman) -
 
 
 def test_a_wrong_variable_is_told_by_name(watchman: Watchman, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POLYGON_CHANNELS", "T")
+    monkeypatch.setenv("POLYGON_CHANNELS", "a-key-in-the-wrong-place")
     [told] = watchman.tick(2)
     assert "POLYGON_CHANNELS" in told
+    assert "wrong-place" not in told
 
 
 def test_a_receiver_that_is_away_fails_no_tick_and_gets_all_of_it_when_it_is_back(
