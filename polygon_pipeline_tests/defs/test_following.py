@@ -208,16 +208,16 @@ def test_the_nightly_look_asks_for_history_that_is_out_and_missing(instance: dg.
     assert shown(request)[:2] == (date(2025, 8, 25), date(2025, 9, 5))
 
 
-def test_today_is_made_every_quarter_of_an_hour_at_the_most_while_its_session_runs(
+def test_today_is_made_every_twenty_minutes_at_the_most_while_its_session_runs(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = datetime.now(NEW_YORK)
-    soon = now + timedelta(minutes=14)  # perhaps after midnight
+    soon = now + timedelta(minutes=19)  # perhaps after midnight
     under_way = SimpleNamespace(date=soon.date())
     monkeypatch.setattr(following, "current_or_next_session", lambda _: under_way)
     assert following._just_made(instance, soon) == set()
     report(instance, [NORMALIZED_BARS.name], [soon.date(), soon.date() - timedelta(days=1)])
     assert following._just_made(instance, soon) == {soon.date()}
-    assert following._just_made(instance, now + timedelta(minutes=16)) == set()
+    assert following._just_made(instance, now + timedelta(minutes=21)) == set()
     under_way.date += timedelta(days=1)
     assert following._just_made(instance, soon) == set(), "what came last is not held back"
