@@ -85,16 +85,17 @@ def make_days(
     wanted_of: Callable[[date], Sequence[Dataset]],
     folder: Path,
     now: datetime,
-    live_run: str | None = None,
+    live_run: Callable[[], str | None] = lambda: None,
     draw: bool = False,
 ) -> Iterator[MadeDataset | FailedDay]:
     """Makes datasets of one channel, day by day; the caller stores each before it asks for the next.
 
     While the caller stores one day, the next is made and the one after it is fetched. wanted_of: which datasets to make
     of a day, asked on this thread before anything of the day is read. folder: an empty local folder, which holds three
-    days at the most. now: aware. live_run: the run that collects now, if one does. draw: with pictures of days that are
-    over, which take half a second and some 100 kB a day. A day that cannot be made is given with its error, and the
-    others go on; store errors are raised.
+    days at the most. now: aware. live_run: the run that collects, if one does; asked for each day after wanted_of, so
+    that a run which ends meanwhile is newer than what is known of the day. draw: with pictures of days that are over,
+    which take half a second and some 100 kB a day. A day that cannot be made is given with its error, and the others go
+    on; store errors are raised.
     """
     with DuckSession(folder) as session, ThreadPoolExecutor(1) as fetching, ThreadPoolExecutor(1) as making:
 
@@ -104,7 +105,8 @@ def make_days(
             def make() -> list[MadeDataset | FailedDay]:
                 found: list[MadeDataset | FailedDay] = []
                 try:
-                    found.extend(_make(lake, session, day, wanted, fetched.result(), now, live_run, draw))
+                    inputs = fetched.result()
+                    found.extend(_make(lake, session, day, wanted, inputs, now, live_run(), draw))
                 except DAY_ERRORS as error:
                     found.append(FailedDay(day, error))
                 return found

@@ -30,6 +30,7 @@ from polygon_pipeline.defs.reference import reference_asset
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.defs.writer import write_day
 from polygon_pipeline.lake.dataset_files import fetch_dataset
+from polygon_pipeline.lake.errors import STORE_ERRORS, brief, permanent_error
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 
@@ -38,6 +39,10 @@ _STEPS = {Channel.MINUTE: "bars_datasets", Channel.SECOND: "second_bars_datasets
 # A run's start takes 5 to 10 s, as long as twenty days of a watch list; a hundred whole-market days take half an hour,
 # in which no other day is made.
 _DAYS_PER_RUN = 100
+
+# A store that is away is waited for, an hour and a half at the most; then the night is.
+_STORE_TRIES = 90
+_STORE_PAUSE_SECONDS = 60
 
 # A check that is run by itself looks at so many of the last days.
 _CHECKED_DAYS = 5
@@ -100,10 +105,17 @@ def _channel_assets(project: Project, channel: Channel) -> dg.AssetsDefinition:
         wanted = [dataset for dataset in datasets if dataset.name in names]
         results: dict[date, list[checks.DayResult]] = {}
         errors: dict[date, str] = {}
-        if wanted:
-            _make(context, opened, lake, wanted, config.least_share, results, errors)
-        else:
-            _check_again(context, opened, lake, config.least_share, results)
+        try:
+            if wanted:
+                _make(context, opened, lake, wanted, config.least_share, results, errors)
+            else:
+                _check_again(context, opened, lake, config.least_share, results)
+        except STORE_ERRORS as error:
+            if refused := permanent_error(error, opened.uri, opened.bucket_region):
+                raise dg.Failure(str(refused), allow_retries=False) from None
+            # Nothing else asks for these days before the night, and no other run could do better.
+            context.log.warning(f"{opened.uri} is away and is waited for: {brief(error)}")
+            raise dg.RetryRequested(max_retries=_STORE_TRIES, seconds_to_wait=_STORE_PAUSE_SECONDS) from error
         yield from checks.as_check_results(results, context.selected_asset_check_keys)
         if errors:
             raise dg.Failure(_failure(errors), allow_retries=False)
@@ -123,7 +135,7 @@ def _make(
     """Makes the run's days, with each day's checks in results and why it could not be made in errors."""
     as_of: dict[date, int] = {}
     roots = {root.name for dataset in wanted for root in catalog.roots(dataset)}
-    tries = _tries(context.instance, context.run.root_run_id)
+    tries = _tries(context.instance, context.run.root_run_id) | ({context.run_id} if context.retry_number else set())
 
     def wanted_of(day: date) -> Sequence[Dataset]:
         ids = latest_ids(context.instance, roots, {day.isoformat()}).get(day.isoformat(), {})
@@ -132,7 +144,7 @@ def _make(
 
     days = days_of(context.run.tags)
     draw = len(days) <= _DRAWN_DAYS
-    for made in make_days(opened, days, wanted_of, lake.scratch(), datetime.now(UTC), live_run(opened), draw):
+    for made in make_days(opened, days, wanted_of, lake.scratch(), datetime.now(UTC), lambda: live_run(opened), draw):
         if isinstance(made, FailedDay):
             errors[made.day] = _error_text(made, opened, wanted)
             context.log.error(f"{made.day}: {errors[made.day]}")

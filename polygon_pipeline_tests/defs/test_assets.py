@@ -19,8 +19,10 @@ from polygon_pipeline.datasets.catalog import (
     SESSION_REPORT,
 )
 from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.defs import assets
 from polygon_pipeline.defs.assets import _difference_row, _not_made_before, _tries
 from polygon_pipeline.defs.partitions import Project
+from polygon_pipeline.defs.writer import write_day
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset
 from polygon_pipeline.lake.store import Lake
@@ -176,3 +178,21 @@ def test_a_difference_from_the_history_is_shown_in_what_differs_and_in_new_yorks
         "history": "close 1.6, volume 12,345.5",
         "kept": "history",
     }
+
+
+def test_a_store_that_is_away_is_waited_for_and_what_was_made_before_is_kept(
+    lake: Lake, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "_STORE_PAUSE_SECONDS", 0)
+    put_frame(lake, aggregate())
+    stored: list[str] = []
+
+    def flaky(*arguments: Any, **options: Any) -> dict[str, Any]:
+        stored.append(arguments[1])
+        if len(stored) == 2:
+            raise OSError("the store is away")
+        return write_day(*arguments, **options)
+
+    monkeypatch.setattr(assets, "write_day", flaky)
+    assert materialize(instance, [NORMALIZED_BARS.name, DAILY_BARS.name], DAY.isoformat()).success
+    assert stored == [NORMALIZED_BARS.name, DAILY_BARS.name, DAILY_BARS.name]

@@ -92,17 +92,29 @@ class DagsterDev:
 
     def set_cursor(self, sensor: str, cursor: str) -> None:
         """As the UI's dialog does it."""
+        self._of_sensor("setSensorCursor", f"sensorSelector: {self._selector(sensor)}, cursor: {json.dumps(cursor)}")
+
+    def turn_on(self, sensor: str) -> None:
+        """As the UI's switch does it."""
+        self._of_sensor("startSensor", f"sensorSelector: {self._selector(sensor)}")
+
+    def turn_off(self, sensor: str) -> None:
+        asked = f"sensorOrError(sensorSelector: {self._selector(sensor)})"
+        found = self._ask(f"{{ {asked} {{ ... on Sensor {{ sensorState {{ id }} }} }} }}")
+        self._of_sensor("stopSensor", f"id: {json.dumps(found['sensorOrError']['sensorState']['id'])}")
+
+    def _of_sensor(self, mutation: str, arguments: str) -> None:
+        answer = self._ask(f"mutation {{ {mutation}({arguments}) {{ __typename }} }}")
+        assert answer[mutation]["__typename"] in ("Sensor", "StopSensorMutationResult"), answer
+
+    def _selector(self, sensor: str) -> str:
         [location] = self._ask("{ workspaceOrError { ... on Workspace { locationEntries { name } } } }")[
             "workspaceOrError"
         ]["locationEntries"]
-        selector = (
+        return (
             f'{{ repositoryLocationName: "{location["name"]}", repositoryName: "__repository__", '
             f'sensorName: "{sensor}" }}'
         )
-        answer = self._ask(
-            f"mutation {{ setSensorCursor(sensorSelector: {selector}, cursor: {json.dumps(cursor)}) {{ __typename }} }}"
-        )
-        assert answer["setSensorCursor"]["__typename"] == "Sensor", answer
 
     @contextlib.contextmanager
     def storage_away(self) -> Iterator[None]:
