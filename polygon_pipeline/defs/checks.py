@@ -77,8 +77,8 @@ def check_day(lake: Lake, made: MadeDataset, least_share: float = LEAST_SHARE) -
         for rule, verdict in quality.check_rows(made.file, made.day).items():
             found = {"broken_rows": verdict.broken, "examples": verdict.examples}
             yield DayResult(name, rule, not verdict.broken, found)
-        unreadable = made.facts.get("unreadable_objects", {})
-        yield DayResult(name, "every_object_readable", not unreadable, {"unreadable_objects": sorted(unreadable)})
+        unreadable = [f"{key}: {why}" for key, why in sorted(made.facts.get("unreadable_objects", {}).items())]
+        yield DayResult(name, "every_object_readable", not unreadable, {"unreadable_objects": unreadable[:_NAMED]})
         balance = reconcile(lake, made.day, made.dataset.channel)
         yield DayResult(name, "ledger_balances", not balance.errors, balance._asdict())
     elif made.dataset == BAR_COVERAGE:
@@ -119,6 +119,9 @@ def as_check_results(
         if not mine:
             continue  # no day got so far: the run says why
         failed = {day: result for day, result in mine.items() if not result.passed}
+        days = f"{min(mine)}" if len(mine) == 1 else f"{len(mine)} days, {min(mine)} to {max(mine)}"
+        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+        failed_days = ", ".join([str(day) for day in failed][:_NAMED]) + more
         is_error = any(result.severity is dg.AssetCheckSeverity.ERROR for result in failed.values())
         shown = next(iter(failed.values())) if len(mine) > 1 and failed else mine[max(mine)]
         yield dg.AssetCheckResult(
@@ -126,9 +129,16 @@ def as_check_results(
             check_name=key.name,
             passed=not failed,
             severity=dg.AssetCheckSeverity.ERROR if is_error or not failed else dg.AssetCheckSeverity.WARN,
+            # The history of a check shows this of each execution, and the metadata behind a button.
+            description=f"fails for {failed_days}" if failed else f"holds for {days}",
             metadata={
-                "days": f"{min(mine)}" if len(mine) == 1 else f"{len(mine)} days, {min(mine)} to {max(mine)}",
-                "failed_days": [str(day) for day in failed][:_NAMED],
-                **shown.metadata,
+                "days": days,
+                "failed_days": failed_days or "none",
+                **{name: _in_the_page(value) for name, value in shown.metadata.items()},
             },
         )
+
+
+def _in_the_page(value: Any) -> Any:
+    """A list as text, because the UI shows one behind a link."""
+    return ("; ".join(value) or "none") if isinstance(value, list) else value

@@ -93,7 +93,9 @@ def test_an_object_that_could_not_be_read_fails_its_rule_and_is_named(file_lake:
     unreadable = {"raw-data/2026-01-26/SPY/2026-01-26T17:00:00Z.json": "not JSON"}
     found = check_bars(file_lake, tmp_path, [normalized_row()], {"unreadable_objects": unreadable})
     assert failed(found) == {"every_object_readable"}
-    assert values(found["every_object_readable"]) == {"unreadable_objects": list(unreadable)}
+    assert values(found["every_object_readable"]) == {
+        "unreadable_objects": ["raw-data/2026-01-26/SPY/2026-01-26T17:00:00Z.json: not JSON"]
+    }
 
 
 @pytest.mark.parametrize(("objects_on_lake", "passes"), [(3, True), (4, True), (2, False)])
@@ -170,7 +172,7 @@ def test_the_check_of_a_day_passes_when_its_lost_minutes_are_repaired_and_fails_
         put_dataset(file_lake, "normalized_bars", day, dataset_file(tmp_path / "kept.parquet", kept))
         [short] = _of_coverage(materialize(instance, ["bar_coverage"], day))
     assert not short.passed
-    assert short.metadata["worst"].value == ["QQQ: 1 of 100 minutes"]
+    assert short.metadata["worst"].value == "QQQ: 1 of 100 minutes"
 
 
 def _is_kept(row: Row) -> bool:
@@ -200,9 +202,17 @@ def over_days(*results: list[DayResult]) -> list[dg.AssetCheckResult]:
 def test_a_check_passes_where_every_day_of_the_run_does_and_names_the_days_that_do_not() -> None:
     [passed] = over_days(of_day(True), of_day(True))
     assert (passed.passed, passed.metadata["days"].value) == (True, "2 days, 2026-01-26 to 2026-01-27")
+    assert passed.metadata["failed_days"].value == "none"
+    assert passed.description == "holds for 2 days, 2026-01-26 to 2026-01-27"
     [short] = over_days(of_day(True), of_day(False))
     assert (short.passed, short.severity) == (False, dg.AssetCheckSeverity.ERROR)
-    assert short.metadata["failed_days"].value == ["2026-01-27"]
+    assert short.metadata["failed_days"].value == "2026-01-27"
+    assert short.description == "fails for 2026-01-27"
+
+
+def test_of_many_days_that_fail_some_are_named_and_the_others_counted() -> None:
+    [result] = over_days(*[of_day(False)] * 25)
+    assert (result.description or "").endswith(", 2026-02-14 and 5 more")
 
 
 def test_a_day_whose_session_runs_is_a_warning() -> None:
