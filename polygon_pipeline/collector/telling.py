@@ -98,7 +98,7 @@ def _tickers(seen: int, wanted: Sequence[str]) -> str:
 
 def _gaps(gaps: Sequence[Gap]) -> str:
     times = [
-        f"{_clock(gap.first_minute)} to {_clock(gap.last_minute + timedelta(minutes=1))}"
+        f"{_clock(gap.first_minute)} to {_clock(gap.last_minute)}"
         for gap in gaps
         if gap.first_minute and gap.last_minute
     ]

@@ -74,7 +74,7 @@ def test_a_good_end_is_a_summary_with_the_gaps_in_new_yorks_time() -> None:
     account = account_with_a_gap()
     account.ended_by = SESSION_OVER
     assert summary(progress_of(account), DAY, WANTED, "processing") == (
-        "Collected 2026-01-26: 8,910 bars, 12 of 12 tickers, 1 gap (10:14 to 10:20 New York). Everything that was "
+        "Collected 2026-01-26: 8,910 bars, 12 of 12 tickers, 1 gap (10:14 to 10:19 New York). Everything that was "
         "received is on the lake. It ended because the session is over."
     )
 
