@@ -215,8 +215,8 @@ BAR_COVERAGE = Dataset(
 SESSION_REPORT = Dataset(
     "session_report",
     Channel.MINUTE,
-    "The trading day at a glance, and the first place to look. Its last materialization shows the state of the day, "
-    "gaps with what became of each, lag, checks, movers and volumes. The file has one row per ticker.",
+    "The trading day at a glance, and the first place to look: a day under *Partitions* shows its state, gaps with "
+    "what became of each, lag, checks, movers and volumes. The file has one row per ticker.",
     inputs=(NORMALIZED_BARS, REFERENCE_BARS),
     columns=(
         _TICKER,

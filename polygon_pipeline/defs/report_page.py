@@ -19,7 +19,7 @@ from polygon_pipeline.defs.presenting import markdown_table, table
 # The UI shows Markdown that is shorter in the page itself, and longer behind a link.
 _INLINE = 1_000
 _GAPS = 6
-_CAUSE = 50
+_CAUSE = 60
 _IN_A_SENTENCE = 3
 
 
@@ -48,7 +48,7 @@ def metadata(day: date, status: DayStatus, report: Report, checks: str) -> dict[
 def headline(status: DayStatus, report: Report) -> str:
     """The day in one line, for the event's message."""
     gaps = count(len(report.gaps), "gap") if report.gaps else "no gap"
-    return f"{status.state}: {count(report.bars, 'bar')} of {_tickers(report)}, {gaps}"
+    return f"{status.state}: {count(report.bars, 'bar')}, {_tickers(report)}, {gaps}"
 
 
 def summary(day: date, status: DayStatus, report: Report, checks: str) -> str:
@@ -87,7 +87,7 @@ def _tickers(report: Report) -> str:
 
 def _bars(report: Report) -> str:
     where = f", {span(report.first_bar, report.last_bar)} New York" if report.first_bar and report.last_bar else ""
-    return f"{count(report.bars, 'bar')} of {_tickers(report)}{where}, {count(report.volume, 'share')}"
+    return f"{count(report.bars, 'bar')}, {_tickers(report)}{where}, {count(report.volume, 'share')}"
 
 
 def _gaps(report: Report) -> str:

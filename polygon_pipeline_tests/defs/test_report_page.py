@@ -48,7 +48,7 @@ def test_a_day_is_told_in_a_few_lines() -> None:
         "**Monday, 26 January 2026: complete**, a collector was connected to the session's end",
         "",
         "- feed: polygon",
-        "- 8,910 bars of 12 of 12 tickers, 04:00 to 19:59 New York, 1,234,567 shares",
+        "- 8,910 bars, 12 of 12 tickers, 04:00 to 19:59 New York, 1,234,567 shares",
         "- 1 gap, New York: 10:15 to 10:22 (77 bars repaired)",
         "- every traded minute that the history knows is there",
         "- in quarantine: nothing",
@@ -60,7 +60,7 @@ def test_a_day_is_told_in_a_few_lines() -> None:
 
 
 def test_the_line_of_a_day_says_how_it_stands() -> None:
-    assert report_page.headline(STATUS, report_of()) == "complete: 8,910 bars of 12 of 12 tickers, no gap"
+    assert report_page.headline(STATUS, report_of()) == "complete: 8,910 bars, 12 of 12 tickers, no gap"
 
 
 def test_simulated_bars_are_called_simulated() -> None:
