@@ -12,7 +12,7 @@ define install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(1) && echo && touch $@
 endef
 
-.PHONY: dev doctor check test static bench fuzz audit format clean
+.PHONY: dev doctor check test static bench fuzz audit screenshots format clean
 
 PORT := 3000
 
@@ -47,6 +47,10 @@ bench: $(BIN)/.installed-bench
 # Hostile inputs for every parser, a minute each; `make fuzz FUZZ="--minutes 10 frames"` tries one for longer.
 fuzz: $(BIN)/.installed-dev
 	$(BIN)/python -m polygon_pipeline_tests.fuzzing $(FUZZ)
+
+# The screenshots of the README and of docs, by the test that looks at the same pages; needs a Chromium.
+screenshots: $(BIN)/.installed-dev
+	SCREENSHOTS=docs $(BIN)/pytest -n 0 polygon_pipeline_tests/test_web_ui.py
 
 # Known vulnerabilities of the pinned versions. Asks the advisory service of PyPI, so it needs the network.
 audit: $(AUDIT)/bin/pip-audit

@@ -66,6 +66,10 @@ class DagsterDev:
         self._sessions.append(self._process.pid)
         until(self.serves, "dagster dev serves", seconds=120, pause=0.5)
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
     def runs(self) -> list[dict[str, Any]]:
         """The collector's runs as the UI lists them, newest first."""
         query = (
@@ -174,7 +178,7 @@ class DagsterDev:
 
     def _ask(self, query: str) -> dict[str, Any]:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}/graphql",
+            f"{self.url}/graphql",
             data=json.dumps({"query": query}).encode(),
             headers={"Content-Type": "application/json"},
         )

@@ -5,7 +5,8 @@ inherits. Does not belong here: anything that would change what the project does
 
 FAST_DEMO_SESSIONS: how many are played. FAST_DEMO_SPEED: market seconds per second. FAST_DEMO_CHECKPOINT and
 FAST_DEMO_DRAIN: seconds between checkpoints, and without progress at a run's end. FAST_DEMO_SENSORS: the most seconds
-between two ticks of a sensor. FAST_DEMO_FAULTS: as the simulator's `--faults`, or empty for none.
+between two ticks of a sensor. FAST_DEMO_FAULTS: as the simulator's `--faults`, or empty for none; absent: the demo's
+own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ demo.SESSIONS = int(os.environ["FAST_DEMO_SESSIONS"])
 demo.SPEED = float(os.environ["FAST_DEMO_SPEED"])
 demo.CHECKPOINT_SECONDS = float(os.environ["FAST_DEMO_CHECKPOINT"])
 collector.DRAIN_SECONDS = float(os.environ["FAST_DEMO_DRAIN"])
-demo._faults = _faults
+if "FAST_DEMO_FAULTS" in os.environ:
+    demo._faults = _faults
 dg.sensor = _frequent_sensor  # type: ignore[assignment] # before the project's are made
 
 from polygon_pipeline.definitions import defs  # noqa: E402
