@@ -126,14 +126,17 @@ def _first_visit(page: Page) -> None:
 def _read_the_terminated_run(page: Page, run: str, day: date) -> None:
     page.goto(f"/runs/{run}")
     page.get_by_text("Run was canceled").wait_for()
-    said = _text(page.get_by_text("Terminated by hand at").first)
+    sentence = page.get_by_text("Terminated by hand at").first
+    said = _text(sentence)
     assert re.search(
         r"by hand at \d\d:\d\d New York\. [\d,]+ bars, 12 of 12 tickers, 1 gap \(10:1\d to \d\d:\d\d New", said
     )
     assert "Everything that was received is on the lake." in said
     assert re.search(rf"Not collected: what the market of {day} does from now until \d\d:00\.", said)
     assert "It stays ended; launch collect_aggregates to go on." in said
-    _keep(page, "terminated_run", 676)  # without the stack, which shows where this machine keeps things
+    found = sentence.bounding_box()
+    assert found
+    _keep(page, "terminated_run", int(found["y"]) + 58)  # without the stack, which shows where things are here
 
 
 def _read_the_failed_check(page: Page, day: date) -> None:
@@ -188,13 +191,16 @@ def _read_the_tick(page: Page, whole: date, cut_short: date) -> None:
 
 
 def _see_the_lineage(page: Page) -> None:
+    page.set_viewport_size({"width": 1760, "height": _HEIGHT})  # smaller boxes would be empty
     page.goto("/asset-groups?expanded=global@global:bars")
     page.locator("button:has([aria-label=panel_show_right])").first.click()
+    page.locator("button:has([aria-label=settings])").last.click()
+    page.get_by_text("Change graph to vertical orientation").click()
     page.get_by_text("normalized_bars", exact=True).first.wait_for()
-    page.mouse.dblclick(100, _HEIGHT - 20)  # on empty canvas: fits the graph into the window
+    page.mouse.dblclick(150, _HEIGHT - 50)  # on empty canvas: fits the graph into the window
     for asset in ("raw_bars", "reference_bars", *_PICTURES):
         page.get_by_text(asset, exact=True).first.wait_for()
-    _keep(page, "lineage")
+    _keep(page, "lineage", 800)
 
 
 def _visit(page: Page, address: str, wanted: Locator, tab: str | None = None) -> None:
@@ -226,5 +232,7 @@ def _keep(page: Page, name: str, height: int = _HEIGHT) -> None:
     if not _SCREENSHOTS:
         return
     page.wait_for_timeout(_SETTLED_MS)
-    shown = page.screenshot(clip={"x": 0, "y": 0, "width": _WIDTH, "height": height})
-    Image.open(BytesIO(shown)).convert("RGB").quantize(128).save(Path(_SCREENSHOTS, f"{name}.png"), optimize=True)
+    shown = Image.open(BytesIO(page.screenshot())).convert("RGB")
+    shown.crop((0, 0, shown.width, height)).quantize(256, Image.Quantize.MAXCOVERAGE).save(
+        Path(_SCREENSHOTS, f"{name}.png"), optimize=True
+    )
