@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         note_faults(item)
         if isinstance(item, pytest.Function) and _needs_s3(item):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name not in ("test_dagster_dev.py", "test_outages.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_dagster_dev.py", "test_outages.py", "test_web_ui.py"))
 
 
 def _needs_s3(item: pytest.Function) -> bool:

@@ -46,6 +46,7 @@ _FAST_DEMO = {
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.fault("database away")
 def test_sessions_without_the_store_and_without_dagsters_storage_are_completed_with_every_bar(
     tmp_path: Path, seaweedfs: SeaweedFS, say: Callable[[str], None]
 ) -> None:

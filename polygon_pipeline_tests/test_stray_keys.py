@@ -101,6 +101,7 @@ def _on_disk(root: Path, prefixes: list[str]) -> Strays:
     return Strays(lake, LakeResource(s3=S3Resource()), keys)
 
 
+@pytest.mark.fault("stray keys")
 def test_a_key_that_is_not_ours_is_told_and_left_and_nothing_waits_for_it(
     strays: Strays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def test_a_run_that_is_evicted_while_its_lease_cannot_be_confirmed_waits_and_say
 
 
 @pytest.mark.parametrize("left", ["published", "in the journal"])
+@pytest.mark.fault("clock steps")
 def test_a_later_run_has_the_latest_revision_although_the_clock_stepped_back(
     left: str, tmp_path: Path, file_lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,7 @@ def test_a_lease_that_is_seen_not_to_be_renewed_is_taken_over_and_its_holder_fin
 
 
 @pytest.mark.parametrize("ahead", [timedelta(days=-1), -TTL, TTL, timedelta(days=1)])
+@pytest.mark.fault("clock steps")
 def test_a_lease_that_is_renewed_is_nobody_elses_whatever_the_clock_of_its_holder_says(
     ahead: timedelta, s3_lake: Lake
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_segment_damaged_before_or_during_its_recovery_never_stops_the_recover
         assert read_ledger(lake).account.torn_bytes == len(content) - len(kept) * len(content) // len(frames)
 
 
+@pytest.mark.fault("power loss")
 def test_after_a_power_loss_at_any_step_every_record_is_on_the_lake_or_in_the_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

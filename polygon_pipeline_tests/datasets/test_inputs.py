@@ -286,6 +286,7 @@ def test_a_bar_of_the_reference_that_is_out_of_bounds_is_named_and_left_out(
     "odd",
     [{"volume": 1e30}, {"vwap": 1e300}, {"close": 1e9}, {"volume": 10**400}, {"volume": 10**15}],
 )
+@pytest.mark.fault("hostile values")
 def test_a_record_with_values_out_of_bounds_is_reported_and_left_out(
     file_lake: Lake, tmp_path: Path, odd: JsonObject
 ) -> None:

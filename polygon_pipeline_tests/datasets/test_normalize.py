@@ -173,6 +173,7 @@ def test_an_event_that_was_refused_is_no_bar_of_the_archive_either(tmp_path: Pat
 
 
 @pytest.mark.parametrize("odd", REFUSED)
+@pytest.mark.fault("hostile values")
 def test_an_event_that_the_decoder_refuses_is_left_out_of_the_archive_and_named(
     tmp_path: Path, odd: dict[str, Any]
 ) -> None:

@@ -214,6 +214,7 @@ def test_the_certificates_of_ssl_cert_file_are_trusted_by_the_stream_and_the_his
         assert "Handshake status 200" in watched.next(EventKind.DISCONNECTED).detail
 
 
+@pytest.mark.fault("redirects")
 def test_a_redirect_does_not_lead_s3_to_an_unencrypted_server(
     tmp_path: Path, listeners: Callable[[], Listener], monkeypatch: pytest.MonkeyPatch
 ) -> None:

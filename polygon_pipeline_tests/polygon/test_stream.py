@@ -292,6 +292,7 @@ def test_a_key_that_the_server_repeats_is_in_no_error_and_no_event(kind: str) ->
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.fault("redirects")
 def test_a_redirect_is_not_followed(code: int) -> None:
     def script(client: Script) -> None:
         client.begin()
@@ -551,6 +552,7 @@ def test_a_message_of_many_frames_is_refused_by_what_they_add_up_to(monkeypatch:
         watched.next(EventKind.SUBSCRIBED)
 
 
+@pytest.mark.fault("drip feeds")
 def test_a_message_that_comes_in_small_frames_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame_buffer, "MESSAGE_SECONDS", 0.2)
 
@@ -573,6 +575,7 @@ def slowly() -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("drip feeds")
 def test_a_frame_that_comes_byte_by_byte_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, SILENCE_SECONDS=0.5)
     with deaf(*HANDSHAKE, dripping=True) as url, Watched(url) as watched:
@@ -599,6 +602,7 @@ def test_a_stop_ends_a_message_that_comes_in_small_frames() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("drip feeds")
 def test_a_server_that_accepts_byte_by_byte_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, CONNECT_SECONDS=0.5)
     with slow_to_accept() as url, Watched(url) as watched:
