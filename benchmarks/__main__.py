@@ -29,6 +29,7 @@ NAMES = (
     "derived",
     "flat_file",
     "loading",
+    "backfill",
     "growth",
 )
 _HERE = Path(__file__).parent

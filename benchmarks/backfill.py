@@ -41,7 +41,7 @@ def benchmark(run: Run) -> Iterator[Table]:
     yield _through_the_daemon(run, 252)
     if run.full:
         yield _through_the_daemon(run, 5_000)
-    yield _whole_market(run, 3)
+    yield _whole_market(run, 6)  # more than are drawn by themselves
 
 
 def bare_loop(run: Run, history: Path, days: Sequence[date]) -> Callable[[], Path]:
@@ -177,8 +177,10 @@ def _history(run: Run, days: Sequence[date], tickers: int) -> Path:
     return folder
 
 
-def _copy_of(history: Path, folder: Path) -> Lake:
+def _copy_of(history: Path, folder: Path, simulated: bool = False) -> Lake:
     lake = data.local_lake(folder)
+    if simulated:
+        lake.claim("simulated")  # refused once there is data
     shutil.copytree(history / "lake", lake.local_root, dirs_exist_ok=True)
     return lake
 
@@ -187,12 +189,10 @@ def _copy_of(history: Path, folder: Path) -> Lake:
 def _dagster(run: Run, history: Path, first: date, demo: bool = False) -> Iterator[tuple[DagsterDev, Lake]]:
     """A `dagster dev` and its lake with the history. demo: with simulated sessions; else nothing is to be collected."""
     folder = Path(tempfile.mkdtemp(dir=run.scratch))
-    lake = _copy_of(history, folder)
+    lake = _copy_of(history, folder, demo)
     dev = DagsterDev(folder, lake)
     try:
         live = {"POLYGON_API_KEY": "none", "POLYGON_TICKERS": "SPY", "POLYGON_WEBSOCKET_URL": "ws://127.0.0.1:9"}
-        if demo:
-            lake.claim("simulated")
         dev.start(POLYGON_HISTORY_START=first.isoformat(), **({} if demo else live))
         yield dev, lake
     finally:
