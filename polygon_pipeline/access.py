@@ -61,7 +61,7 @@ def s3_access(
     if url is None or url.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         url = None
     else:
-        settings.require_private("AWS_ENDPOINT_URL", url, "https", "http")
+        settings.require_private("AWS_ENDPOINT_URL", url, "https", "http", os.environ)
     return S3Access(
         session=session,
         endpoint_url=url,

@@ -102,7 +102,7 @@ def alert_receivers(environment: Mapping[str, str]) -> AlertReceivers:
     recipients = _addresses("POLYGON_ALERT_TO", environment)
     sender = _addresses("POLYGON_ALERT_FROM", environment) or recipients[:1]
     if webhook:
-        _require_encrypted("POLYGON_ALERT_WEBHOOK", webhook, "https", "http")
+        _require_encrypted("POLYGON_ALERT_WEBHOOK", webhook, "https", "http", environment)
     if smtp_url:
         # smtp:// becomes TLS before anything is sent; where the server is on this machine it need not.
         _parts("POLYGON_ALERT_SMTP_URL", smtp_url, "smtps", "smtp")
@@ -135,9 +135,9 @@ def load(environment: Mapping[str, str]) -> Settings:
     rest_url = environment.get("POLYGON_REST_URL") or (None if simulated else REST_URL)
     flat_files_url, flat_files_key_id, flat_files_secret = _flat_files(environment)
     if websocket_url:
-        require_private("POLYGON_WEBSOCKET_URL", websocket_url, "wss", "ws")
+        require_private("POLYGON_WEBSOCKET_URL", websocket_url, "wss", "ws", environment)
     if rest_url:
-        require_private("POLYGON_REST_URL", rest_url, "https", "http")
+        require_private("POLYGON_REST_URL", rest_url, "https", "http", environment)
     return Settings(
         feed="simulated" if simulated else "polygon",
         api_key=SIMULATOR_KEY if simulated else environment["POLYGON_API_KEY"].strip(),
@@ -247,25 +247,40 @@ def _flat_files(environment: Mapping[str, str]) -> tuple[str | None, str | None,
             "its own beside the API key; without flat files neither of them, nor POLYGON_FLAT_FILES_URL."
         )
     if url:
-        require_private("POLYGON_FLAT_FILES_URL", url, "https", "http")
+        require_private("POLYGON_FLAT_FILES_URL", url, "https", "http", environment)
     return url, key_id, secret
 
 
 def keep_proxies_off_this_machine(environment: MutableMapping[str, str]) -> None:
-    """Adds this machine to NO_PROXY: the clients' libraries would ask a proxy of the environment even for it, and the
-    key would leave the machine unencrypted."""
+    """Adds this machine and the ALLOW_PLAINTEXT_HOSTS to NO_PROXY: the clients' libraries would ask a proxy of the
+    environment even for them, and the key would leave unencrypted. Raises ConfigurationError."""
     excluded = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    if excluded != "*" and not excluded.endswith(_THIS_MACHINE):
-        excluded = ",".join(filter(None, (excluded, _THIS_MACHINE)))
+    private = ",".join((*plaintext_hosts(environment), _THIS_MACHINE))
+    if excluded != "*" and not excluded.endswith(private):
+        excluded = ",".join(filter(None, (excluded, private)))
     environment["no_proxy"] = environment["NO_PROXY"] = excluded
 
 
-def require_private(variable: str, url: str, secure: str, plain: str) -> None:
-    """The URL must be encrypted, or lead to this machine: keys and data go over nothing else."""
+def plaintext_hosts(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """ALLOW_PLAINTEXT_HOSTS: the hosts of a private network that need no encryption, as names, addresses or endings
+    such as `.internal`. Raises ConfigurationError."""
+    names = tuple(name.strip().lower() for name in environment.get("ALLOW_PLAINTEXT_HOSTS", "").split(","))
+    for name in filter(None, names):
+        if not re.fullmatch(r"\.?[a-z0-9]([a-z0-9._:-]*[a-z0-9])?", name):
+            raise ConfigurationError(
+                f"ALLOW_PLAINTEXT_HOSTS has {name!r}; it must be names of hosts of a private network, or their endings "
+                "such as .internal, comma-separated."
+            )
+    return tuple(filter(None, names))
+
+
+def require_private(variable: str, url: str, secure: str, plain: str, environment: Mapping[str, str]) -> None:
+    """The URL must be encrypted, or lead to this machine or one of the ALLOW_PLAINTEXT_HOSTS: keys and data go over
+    nothing else."""
     parts = _parts(variable, url, secure, plain)
     if parts.username or parts.password or parts.query:
         raise ConfigurationError(f"{variable} must hold no credentials, because URLs are logged.")
-    _require_encrypted(variable, url, secure, plain)
+    _require_encrypted(variable, url, secure, plain, environment)
 
 
 def _parts(variable: str, url: str, secure: str, plain: str) -> SplitResult:
@@ -280,13 +295,18 @@ def _parts(variable: str, url: str, secure: str, plain: str) -> SplitResult:
     return parts
 
 
-def _require_encrypted(variable: str, url: str, secure: str, plain: str) -> None:
+def _require_encrypted(variable: str, url: str, secure: str, plain: str, environment: Mapping[str, str]) -> None:
     parts = _parts(variable, url, secure, plain)
-    if parts.scheme == plain and not _is_loopback(parts.hostname or ""):
+    host = parts.hostname or ""
+    if parts.scheme == plain and not (_is_loopback(host) or _is_named(host, plaintext_hosts(environment))):
         raise ConfigurationError(
-            f"{variable} is {plain}:// to {parts.hostname}; unencrypted {plain}:// serves this machine only. "
-            f"Use {secure}://."
+            f"{variable} is {plain}:// to {host}; unencrypted {plain}:// serves this machine, and hosts of a private "
+            f"network that ALLOW_PLAINTEXT_HOSTS names. Use {secure}://."
         )
+
+
+def _is_named(host: str, names: tuple[str, ...]) -> bool:
+    return any(host == name or (name.startswith(".") and host.endswith(name)) for name in names)
 
 
 def _is_loopback(host: str) -> bool:

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from polygon_pipeline import settings
 from polygon_pipeline.market.bars import Channel, ticker_error
-from polygon_pipeline.settings import ConfigurationError, Settings, alert_receivers, load
+from polygon_pipeline.settings import (
+    ConfigurationError,
+    Settings,
+    alert_receivers,
+    keep_proxies_off_this_machine,
+    load,
+)
 
 KEY = "a-very-secret-key"
 SECRET = "another-secret"
@@ -167,6 +173,35 @@ def test_plain_urls_to_anywhere_else_are_refused(host: str) -> None:
         message = refused(**{variable: f"{scheme}://{host}/stocks"})
         assert message.startswith(variable)
         assert f"Use {scheme}" in message
+
+
+@pytest.mark.parametrize("host", ["relay", "RELAY:8765", "10.1.2.3", "a.b.internal"])
+def test_plain_urls_may_lead_to_the_named_hosts_of_a_private_network(host: str) -> None:
+    named = {"ALLOW_PLAINTEXT_HOSTS": "relay, .internal,10.1.2.3"}
+    found = load(REAL | named | {"POLYGON_WEBSOCKET_URL": f"ws://{host}/stocks", "POLYGON_REST_URL": f"http://{host}"})
+    assert found.websocket_url == f"ws://{host}/stocks"
+    assert alert_receivers(named | {"POLYGON_ALERT_WEBHOOK": f"http://{host}/hook"}).webhook == f"http://{host}/hook"
+
+
+@pytest.mark.parametrize("host", ["relay2", "a.relay", "internal", "x.internal.example", "10.1.2.30", "market"])
+def test_a_host_that_is_not_named_in_full_or_by_its_ending_is_reached_by_tls_alone(host: str) -> None:
+    message = refused(ALLOW_PLAINTEXT_HOSTS="relay,.internal,10.1.2.3", POLYGON_REST_URL=f"http://{host}")
+    assert message.startswith("POLYGON_REST_URL")
+    assert "ALLOW_PLAINTEXT_HOSTS" in message
+
+
+@pytest.mark.parametrize("names", ["*", ".", "relay,*.internal", "http://relay", "10.0.0.0/8"])
+def test_names_of_plaintext_hosts_that_would_be_anything_or_nothing_are_refused(names: str) -> None:
+    message = refused(ALLOW_PLAINTEXT_HOSTS=names, POLYGON_REST_URL="http://relay")
+    assert message.startswith("ALLOW_PLAINTEXT_HOSTS")
+
+
+def test_no_proxy_is_asked_for_this_machine_nor_for_plaintext_hosts() -> None:
+    environment = {"NO_PROXY": "other", "ALLOW_PLAINTEXT_HOSTS": "relay,.internal"}
+    for _ in range(2):
+        keep_proxies_off_this_machine(environment)
+    assert environment["no_proxy"].startswith("other,relay,.internal,localhost,127.0.0.1")
+    assert environment["no_proxy"].count("relay") == 1
 
 
 @pytest.mark.parametrize(

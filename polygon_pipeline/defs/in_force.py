@@ -54,7 +54,7 @@ def _lake(environment: Mapping[str, str]) -> dict[str, str]:
         return {"lake": uri}
     endpoint = environment.get("AWS_ENDPOINT_URL")
     if endpoint:
-        settings.require_private("AWS_ENDPOINT_URL", endpoint, "https", "http")
+        settings.require_private("AWS_ENDPOINT_URL", endpoint, "https", "http", environment)
     return {
         "lake": uri,
         "endpoint": endpoint or "of AWS, or of the profile",
