@@ -37,6 +37,10 @@ _ACTIVE = {
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 }
+# Dagster's, with the reason for which a run failed by itself, and the reasons that are its process's end.
+_FAILURE_REASON_TAG = "dagster/failure_reason"
+_OF_NO_STEP = (None, "UNEXPECTED_TERMINATION", "RUN_WORKER_RESTART")
+
 # More than a day of attempts at the longest pause would fill; older ones change no decision.
 _RUNS_LOOKED_AT = 200
 
@@ -114,6 +118,11 @@ def _outcome(record: dg.RunRecord) -> Outcome:
     never_began = run.status is dg.DagsterRunStatus.CANCELED and record.start_time is None  # canceled in the queue
     if never_began or run.tags.get(STOPPED_TAG) == TERMINATED_BY_HAND:
         return Outcome.STOPPED
-    if run.status is dg.DagsterRunStatus.CANCELED or run.tags.get(STOPPED_TAG) == LOST:
+    if run.status is dg.DagsterRunStatus.CANCELED or run.tags.get(STOPPED_TAG) == LOST or _lost_its_process(record):
         return Outcome.INTERRUPTED
     return Outcome.FAILED_FOR_GOOD if FAILED_FOR_GOOD_TAG in run.tags else Outcome.FAILED
+
+
+def _lost_its_process(record: dg.RunRecord) -> bool:
+    """Whether Dagster's run monitoring failed a run that had begun: a run that fails by itself has a reason."""
+    return record.start_time is not None and record.dagster_run.tags.get(_FAILURE_REASON_TAG) in _OF_NO_STEP

@@ -169,6 +169,19 @@ def test_a_run_without_a_lease_whose_process_lives_is_not_lost(
     assert lost.status is dg.DagsterRunStatus.FAILURE
 
 
+@pytest.mark.parametrize(("reason", "waits"), [(None, False), ("RUN_WORKER_RESTART", False), ("STEP_FAILURE", True)])
+def test_runs_whose_process_was_lost_are_followed_at_once_and_those_that_fail_by_themselves_after_a_pause(
+    reason: str | None, waits: bool, instance: dg.DagsterInstance, lake_dir: Path
+) -> None:
+    """Run monitoring finds them on Celery, Kubernetes and ECS, and gives no reason."""
+    day = calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat()
+    for _ in range(3):
+        run = _started_run(instance, day)
+        instance.report_run_failed(run, "the worker is gone")
+        instance.add_run_tags(run.run_id, {"dagster/failure_reason": reason} if reason else {})
+    assert isinstance(_tick(instance), dg.SkipReason if waits else dg.RunRequest)
+
+
 @pytest.mark.parametrize("how", ["monitored", "killed", "queued"])
 def test_a_run_terminated_by_hand_is_not_started_again_however_its_end_comes(
     how: str, instance: dg.DagsterInstance, lake_dir: Path, clock: Clock
