@@ -152,6 +152,7 @@ collect_aggregates_job = collect_session.to_job(
     tags={
         "dagster/max_retries": "0",  # the sensor starts the next attempt
         "dagster/priority": "10",  # before everything that is queued
+        "dagster-celery/queue": "collector",  # where its place is, on Celery
     },
     description="Collects one session's aggregates. Started by market_session_sensor, or by hand.",
 )

@@ -1,0 +1,11 @@
+"""What a Celery worker needs to know; on its PYTHONPATH, where Dagster's Celery application looks for this name."""
+
+import os
+
+broker_url = os.environ["CELERY_BROKER_URL"]
+result_backend = os.environ["CELERY_BROKER_URL"]
+broker_connection_retry_on_startup = True
+broker_connection_max_retries = None  # for ever: Redis may be away for as long as it likes
+worker_prefetch_multiplier = 1
+# A run is not tried again by Celery: Dagster does that, when it knows that the run is lost.
+task_acks_late = False
