@@ -6,6 +6,7 @@ They have no configuration: whoever reaches the web server chooses a launch's, a
 server of his own. Where they lead, the environment alone says.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +62,13 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
 
     s3: S3Resource
     _scratch: Path = PrivateAttr()
+    _launcher: str | None = PrivateAttr(default=None)  # where it is one that starts runs on other machines
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["LakeResource"]:
+        instance = context.instance
+        if instance and not (instance.is_ephemeral or isinstance(instance.run_launcher, dg.DefaultRunLauncher)):
+            self._launcher = type(instance.run_launcher).__name__
         with scratch_folder() as folder:
             self._scratch = folder
             yield self
@@ -74,6 +79,11 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
 
     def open(self) -> Lake:
         """Raises LakeError or settings.ConfigurationError for a lake that cannot be as it is configured."""
+        if self._launcher and not os.environ.get("LAKE_URI"):
+            raise settings.ConfigurationError(
+                f"LAKE_URI is not set, and {self._launcher} starts runs on several machines: each would get a lake of "
+                "its own below its working directory. Set it to s3://bucket/prefix, the same on all of them."
+            )
         return open_lake(settings.lake_uri(access.environment()), self._s3_access)
 
     def _s3_access(self) -> S3Access:

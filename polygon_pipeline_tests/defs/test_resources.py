@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster_aws.s3 import S3Resource
 
 from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.defs.resources import LakeResource
+from polygon_pipeline.settings import ConfigurationError
 from polygon_pipeline_tests.support.materializing import PROJECT
 from polygon_pipeline_tests.support.planned_server import PlannedServer, planned_server
 
@@ -89,3 +93,19 @@ def test_a_launch_cannot_have_a_variable_shown(asked: dict[str, Any]) -> None:
             run_config={"ops": {"collect_aggregates": {"config": asked | {"stop_after_seconds": 0.1}}}},
             instance=instance,
         )
+
+
+def test_a_lake_that_nobody_named_is_refused_where_runs_start_on_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would get a lake of its own below its working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LAKE_URI")
+    celery = {"module": "polygon_pipeline.launcher", "class": "WatchingCeleryRunLauncher", "config": {}}
+    for launcher, refused in ({}, False), ({"run_launcher": celery}, True):
+        with (
+            dg.instance_for_test(overrides=launcher) as instance,
+            dg.build_resources({"lake": LakeResource(s3=S3Resource())}, instance=instance) as resources,
+            pytest.raises(ConfigurationError, match="LAKE_URI is not set") if refused else nullcontext(),
+        ):
+            resources.lake.open()
