@@ -347,6 +347,8 @@ class _Run:
             ended = {journal.header.run for journal in self._leftovers}
             self._persist(lambda: self._lease.acquire(self._wait_unless_draining, ended))
             self._persist(self._continue_after_earlier_runs)
+            # From here on the lake knows of the run, even if its machine is lost before anything is published.
+            self._persist(lambda: self._publisher.put_ledger(complete=False))
             self._enter(Phase.COLLECTING)
             renewing = self._thread("lease", self._renew)
             # Lost runs first: their bars are older, and so revisions reach the lake in the order they came.

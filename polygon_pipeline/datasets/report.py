@@ -14,7 +14,7 @@ from typing import NamedTuple
 from polygon_pipeline.datasets.coverage import totals
 from polygon_pipeline.datasets.day_state import DayStatus
 from polygon_pipeline.datasets.session import DuckSession
-from polygon_pipeline.lake.ledger import Ledger, market_time, missing_minutes, subscribed_tickers
+from polygon_pipeline.lake.ledger import Ledger, connected_minutes, market_time, missing_minutes, subscribed_tickers
 
 # So many are named of each, because a page is made at every checkpoint.
 _NAMED = 5
@@ -246,6 +246,11 @@ def _cause(ledgers: Iterable[Ledger], first: datetime, last: datetime) -> str:
         for gap in ledger.gaps
         if gap.first_minute and gap.first_minute <= last and (gap.last_minute is None or first <= gap.last_minute)
     }
+    for ledger in ledgers:
+        known = connected_minutes([ledger])
+        until = datetime.fromtimestamp(known[-1][1] / 1000 + 60, UTC) if known else ledger.started_at
+        if not ledger.complete and first <= until <= last:
+            causes[f"what run {ledger.run} received then is not on the lake"] = None
     return "; ".join(causes) or "no collector was at work"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import dagster as dg
 
+from polygon_pipeline.collector.lease import live_run
 from polygon_pipeline.datasets import quality
 from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DAILY_BARS, NORMALIZED, Dataset
 from polygon_pipeline.datasets.coverage import below
@@ -80,6 +81,8 @@ def check_day(lake: Lake, made: MadeDataset, least_share: float = LEAST_SHARE) -
         unreadable = [f"{key}: {why}" for key, why in sorted(made.facts.get("unreadable_objects", {}).items())]
         yield DayResult(name, "every_object_readable", not unreadable, {"unreadable_objects": unreadable[:_NAMED]})
         balance = reconcile(lake, made.day, made.dataset.channel)
+        if balance.unfinished and made.status.state is not DayState.FINAL:
+            balance.errors.extend(_without_an_end(run) for run in balance.unfinished if run != live_run(lake))
         yield DayResult(name, "ledger_balances", not balance.errors, balance._asdict())
     elif made.dataset == BAR_COVERAGE:
         short = below(made.file, least_share)
@@ -95,6 +98,14 @@ def check_day(lake: Lake, made: MadeDataset, least_share: float = LEAST_SHARE) -
             {"state": str(status.state), "detail": status.detail},
             dg.AssetCheckSeverity.ERROR if status.is_over else dg.AssetCheckSeverity.WARN,
         )
+
+
+def _without_an_end(run: str) -> str:
+    return (
+        f"{run}: its account has no end, and nobody collects in its name. What it had not published is in its journal, "
+        "on the machine that it ran on, until a start or drain_journals there; if that disk is lost, the vendor's "
+        "history replaces it"
+    )
 
 
 def summary(results: Sequence[DayResult]) -> str:

@@ -156,10 +156,12 @@ class DayLedgers(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """A day's account over all its runs. objects_on_lake beyond objects_counted are other writers'."""
+    """A day's account over all its runs. unfinished: those whose ledger is not complete, the one under way among them.
+    objects_on_lake beyond objects_counted are other writers'."""
 
     errors: list[str]
     runs: int
+    unfinished: list[str]
     bars: int
     quarantined: int
     gaps: int
@@ -211,6 +213,7 @@ def reconcile(lake: Lake, day: date, channel: Channel) -> Balance:
     return Balance(
         errors=errors,
         runs=len(ledgers),
+        unfinished=[ledger.run for ledger in ledgers if not ledger.complete],
         bars=sum(count.bars for count in counts),
         quarantined=sum(ledger.account.quarantined for ledger in ledgers),
         gaps=sum(len(ledger.gaps) for ledger in ledgers),
@@ -224,7 +227,7 @@ def objects_counted(lake: Lake, day: date, channel: Channel) -> int:
     return sum(count.objects for count in _day_counts(read_ledgers(lake, day).ledgers, day, channel))
 
 
-def connected_minutes(ledgers: Iterable[Ledger]) -> list[tuple[int, int]]:
+def connected_minutes(ledgers: Sequence[Ledger]) -> list[tuple[int, int]]:
     """The minutes whose bars must have reached some run: (first, last) starts in Unix ms, both included, in order.
 
     Whatever is outside was lost on no connection: before the first run, in every run's gap, after the last. A minute
@@ -232,12 +235,14 @@ def connected_minutes(ledgers: Iterable[Ledger]) -> list[tuple[int, int]]:
     is lost, counts to the last frame that the ledger knows of.
     """
     found: list[tuple[datetime, datetime]] = []
+    # A feed that plays a past day starts with its first run, which may be a lost one whose ledger knows of no bar.
+    feed_began = min((of.started_at for of in ledgers if not of.complete or _has_bars(of)), default=None)
     for ledger in ledgers:
         if not _of_minutes(ledger.topics):
             continue
         for connection in ledger.account.connections:
             if ledger.time_base == "event":
-                played = _played_minutes(ledger, connection)
+                played = _played_minutes(ledger, connection, began=ledger.started_at == feed_began)
                 if played is None:
                     continue
                 first, last = played
@@ -323,17 +328,23 @@ def repairable_gaps(
     ]
 
 
-def _played_minutes(ledger: Ledger, connection: Connection) -> tuple[datetime, datetime] | None:
-    """The minutes that a connection of a run in event time covered whole, or None where it brought no bar."""
+def _has_bars(ledger: Ledger) -> bool:
+    return any(connection.last_bar_ms for connection in ledger.account.connections)
+
+
+def _played_minutes(ledger: Ledger, connection: Connection, began: bool) -> tuple[datetime, datetime] | None:
+    """The minutes that a connection of a run in event time covered whole, or None where it brought no bar.
+
+    began: whether the feed started when the run subscribed, so that it has everything before its first bar.
+    """
     begin, end = _minute(connection.first_bar_ms), _minute(connection.last_bar_ms)
     played = session(ledger.session_date)
     if begin is None or end is None or played is None:
         return None
-    # The feed starts when the run subscribes, and ends with the session. Between, the first and the last minute of a
-    # connection may have come in part.
+    # The feed ends with the session. Between, the first and the last minute of a connection may have come in part.
     connections = ledger.account.connections
     is_first, is_last = connection is connections[0], connection is connections[-1]
-    first = played.pre_open if is_first else begin + _MINUTE
+    first = played.pre_open if is_first and began else begin + _MINUTE
     last = end - _MINUTE
     if is_last and ledger.account.ended_by == SESSION_OVER:
         last = played.post_close - _MINUTE

@@ -119,6 +119,19 @@ def test_before_the_first_run_no_collector_was_at_work(tmp_path: Path) -> None:
     assert [(gap.first, gap.cause) for gap in found.gaps] == [(moment(at(4, 0)), "no collector was at work")]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_gap_of_a_run_that_is_lost_names_it(known: bool, tmp_path: Path) -> None:
+    began, last = moment(at(3, 55)), moment(at(10, 15))
+    account = Account(connections=[Connection(began)], last_received_at=last) if known else Account()
+    lost = ledger_of(account, run="LOST", complete=False, started_at=began if known else moment(at(4, 0)))
+    next_one = run_of((at(10, 20) + 30_000, EVENING + 99_000, ""))
+    found, _ = report(tmp_path, [bar("SPY", at(10, 0))], [lost, next_one])
+    first = moment(at(10, 14)) if known else moment(at(4, 0))
+    assert [(gap.first, gap.last, gap.cause) for gap in found.gaps] == [
+        (first, moment(at(10, 19)), "what run LOST received then is not on the lake")
+    ]
+
+
 def test_the_lag_is_of_bars_that_the_stream_sent_once(tmp_path: Path) -> None:
     rows = [bar("SPY", at(10, minute), lag) for minute, lag in enumerate((0.2, 0.4, 5.0))]
     rows += [bar("SPY", at(11, 0), 900, revisions=2), repaired("SPY", at(12, 0))]

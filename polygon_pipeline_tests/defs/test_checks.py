@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,7 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.bars import DAY, NOON, Row, moment, normalized_row, reference_row
 from polygon_pipeline_tests.support.day_files import dataset_file, read, reference_file
 from polygon_pipeline_tests.support.lakes import put_raw_bars
+from polygon_pipeline_tests.support.leases import holding
 from polygon_pipeline_tests.support.ledgers import account_of, ledger_of
 from polygon_pipeline_tests.support.materializing import PROJECT, materialize
 from polygon_pipeline_tests.support.planned_day import PlannedDay
@@ -118,6 +120,24 @@ def test_a_ledger_whose_account_does_not_add_up_fails_and_the_run_is_named(file_
     found = check_bars(file_lake, tmp_path, [normalized_row()])
     assert failed(found) == {"ledger_balances"}
     assert values(found["ledger_balances"])["errors"] == ["RUN: 7 events came in, but 0 are accounted for"]
+
+
+@pytest.mark.parametrize(
+    ("live", "state", "passes"),
+    [("RUN", DayState.COMPLETE, True), (None, DayState.COMPLETE, False), (None, DayState.FINAL, True)],
+)
+def test_an_account_without_an_end_fails_unless_its_run_lives_or_the_history_is_merged(
+    live: str | None, state: DayState, passes: bool, file_lake: Lake, tmp_path: Path
+) -> None:
+    if live:
+        file_lake.put(layout.LEASE_KEY, msgspec.json.encode(holding(live)))
+    file_lake.put(layout.ledger_key(DAY, "RUN"), encode_ledger(ledger_of(account_of(0), complete=False)))
+    file = dataset_file(tmp_path / "bars.parquet", [normalized_row()])
+    made = MadeDataset(DAY, catalog.NORMALIZED_BARS, file, DayStatus(state, "", True), {})
+    balances = {result.rule: result for result in check_day(file_lake, made)}["ledger_balances"]
+    assert balances.passed == passes
+    assert values(balances)["unfinished"] == ["RUN"]
+    assert passes or "nobody collects in its name" in values(balances)["errors"][0]
 
 
 def test_second_bars_are_checked_against_their_own_objects(file_lake: Lake, tmp_path: Path) -> None:

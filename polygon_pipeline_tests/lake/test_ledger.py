@@ -10,12 +10,14 @@ import pytest
 
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.ledger import (
+    SESSION_OVER,
     Account,
     Connection,
     Ledger,
     connected_minutes,
     decode_ledger,
     encode_ledger,
+    missing_minutes,
     objects_counted,
     read_ledgers,
     reconcile,
@@ -141,6 +143,54 @@ def test_a_connection_without_an_end_counts_to_the_last_frame() -> None:
     assert _clocks([connected(("09:00:30", None))]) == []
 
 
+# Over several runs
+
+
+def played(*bars: tuple[str, str], complete: bool = True, started: str = "09:00", ended_by: str = "") -> Ledger:
+    """A run of a past day that is played. bars: the first and last bar of each connection."""
+    account = Account(
+        connections=[
+            Connection(at(started), None, "", *(int(at(bar).timestamp() * 1000) for bar in of_one)) for of_one in bars
+        ],
+        ended_by=ended_by,
+    )
+    run = f"run of {started}"
+    return ledger_of(account, run=run, complete=complete, started_at=at(started), time_base="event")
+
+
+def missing(*ledgers: Ledger, live_run: str | None = None) -> list[tuple[str, str]]:
+    spans = missing_minutes(DAY, ledgers, at("23:59"), live_run)
+    return [(f"{first:%H:%M}", f"{last:%H:%M}") for first, last in spans]
+
+
+def test_what_a_lost_machine_received_after_its_last_checkpoint_is_a_gap_until_its_journal_is_published() -> None:
+    lost = connected(("08:00", None), last="16:55:10")
+    lost.complete, lost.account.ended_by = False, ""
+    taken_over = connected(("17:36:10", "23:59:30"))
+    assert missing(lost, taken_over) == [("16:55", "17:35")]
+    lost.account.last_received_at, lost.complete = at("17:34:50"), True
+    assert missing(lost, taken_over) == [("17:34", "17:35")]
+
+
+def test_the_second_run_of_a_played_day_has_only_what_came_after_its_first_bar() -> None:
+    first = played(("09:00", "16:55"), complete=False)
+    second = played(("17:36", "23:59"), started="10:00", ended_by=SESSION_OVER)
+    assert missing(first, second) == [("16:55", "17:36")]
+    first.account.connections[0].last_bar_ms = int(at("17:37").timestamp() * 1000)  # its journal is published
+    assert missing(first, second) == []
+
+
+def test_of_a_lost_run_whose_ledger_knows_of_no_bar_everything_before_the_next_run_is_missing() -> None:
+    second = played(("17:36", "23:59"), started="10:00", ended_by=SESSION_OVER)
+    assert missing(played(complete=False), second) == [("09:00", "17:36")]
+    assert missing(played(complete=True), second) == [], "it ended and had received nothing: the feed had not begun"
+
+
+def test_a_played_day_that_begins_anew_with_each_run_has_no_gap() -> None:
+    again = played(("09:07", "23:59"), started="10:00", ended_by=SESSION_OVER)
+    assert missing(played(("09:04", "12:00")), again) == []
+
+
 @pytest.mark.parametrize(
     ("topics", "tickers"),
     [
@@ -179,10 +229,11 @@ def put(lake: Lake, run: str, account: Account) -> None:
 
 def test_a_days_ledgers_balance_with_the_objects_on_the_lake(file_lake: Lake) -> None:
     put(file_lake, "ONE", account_of(2))
-    put(file_lake, "TWO", account_of(1))
+    under_way = ledger_of(account_of(1), run="TWO", complete=False)
+    file_lake.put(layout.ledger_key(DAY, "TWO"), encode_ledger(under_way))
     put_raw_bars(file_lake, DAY, "SPY", minutes=3)
     balance = reconcile(file_lake, DAY, Channel.MINUTE)
-    assert (balance.errors, balance.runs, balance.bars) == ([], 2, 3)
+    assert (balance.errors, balance.runs, balance.unfinished, balance.bars) == ([], 2, ["TWO"], 3)
     assert (balance.objects_counted, balance.objects_on_lake) == (3, 3)
     put_raw_bars(file_lake, DAY, "QQQ")  # another writer's
     balance = reconcile(file_lake, DAY, Channel.MINUTE)
