@@ -41,6 +41,8 @@ class ConfigurationError(Exception):
 class Settings:
     """What the environment says. tickers: symbols, or `("*",)` for the whole market.
 
+    standby: whether a run waits while another machine collects, and takes over when that is gone.
+
     websocket_url and rest_url: None for the built-in simulator's own. The flat files' three are all set or all None.
     """
 
@@ -57,6 +59,7 @@ class Settings:
     lake_uri: str
     journal_dir: Path
     metrics_port: int | None
+    standby: bool
 
     @property
     def is_simulated(self) -> bool:
@@ -152,6 +155,7 @@ def load(environment: Mapping[str, str]) -> Settings:
         lake_uri=lake_uri(environment),
         journal_dir=Path(environment.get("JOURNAL_DIR") or "var/journal").resolve(),
         metrics_port=_metrics_port(environment),
+        standby=_standby(environment),
     )
 
 
@@ -234,6 +238,13 @@ def _metrics_port(environment: Mapping[str, str]) -> int | None:
     if not (re.fullmatch("[0-9]{1,5}", text) and 1 <= int(text) <= 65_535):
         raise ConfigurationError(f"POLYGON_METRICS_PORT is {text!r}; it must be a port from 1 to 65535.")
     return int(text)
+
+
+def _standby(environment: Mapping[str, str]) -> bool:
+    text = environment.get("POLYGON_STANDBY", "").strip().lower()
+    if text not in ("", "yes", "no"):
+        raise ConfigurationError(f"POLYGON_STANDBY is {text!r}; it must be yes or no.")
+    return text == "yes"
 
 
 def _flat_files(environment: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:

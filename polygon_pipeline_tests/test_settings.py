@@ -95,6 +95,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         "LAKE_URI": "s3://bucket/prefix",
         "JOURNAL_DIR": "journal",
         "POLYGON_METRICS_PORT": "9464",
+        "POLYGON_STANDBY": "yes",
     }
     assert load(REAL | FLAT_FILES | environment) == Settings(
         feed="polygon",
@@ -110,6 +111,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         lake_uri="s3://bucket/prefix",
         journal_dir=tmp_path / "journal",
         metrics_port=9464,
+        standby=True,
     )
 
 
@@ -353,6 +355,15 @@ def test_metrics_are_served_on_a_port_alone_and_not_without_one() -> None:
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "0.0.0.0:9464", "nine", "٩٤٦٤"])
 def test_a_port_that_is_none_is_refused(port: str) -> None:
     assert "POLYGON_METRICS_PORT" in refused(POLYGON_METRICS_PORT=port)
+
+
+@pytest.mark.parametrize(("text", "standby"), [("", False), ("no", False), (" Yes ", True)])
+def test_a_collector_stands_by_where_it_is_asked_to(text: str, standby: bool) -> None:
+    assert load(REAL | {"POLYGON_STANDBY": text}).standby is standby
+
+
+def test_what_says_neither_yes_nor_no_to_standing_by_is_refused() -> None:
+    assert "POLYGON_STANDBY is '1'" in refused(POLYGON_STANDBY="1")
 
 
 _HOOK = "https://hooks.example.com/services/a-webhooks-secret-path?key=another-secret"

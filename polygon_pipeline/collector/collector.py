@@ -76,7 +76,8 @@ class Plan:
 
     run: a name that sorts by time. owner: who to ask about the run (Dagster's run id). topics: such as `AM.SPY`.
     quiet_limit: how many seconds a subscribed connection may bring no frame, now; None for any time. time_base: which
-    time says what a connection covered (lake.ledger).
+    time says what a connection covered (lake.ledger). standby: whether the run waits while another collects, and takes
+    over when that one is gone; it connects with the lease only, also where the lake is down.
     """
 
     run: str
@@ -92,6 +93,7 @@ class Plan:
     checkpoint_seconds: float = 300.0
     quiet_limit: Callable[[], float | None] = lambda: None
     time_base: TimeBase = "processing"
+    standby: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ class _Run:
         self._connected = False
         self._evicted = False
         self._yielding = False
+        self._is_standing_by = False
         self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # for `main` to log
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # for `main` to raise
         self._recovered: queue.SimpleQueue[Publisher] = queue.SimpleQueue()  # of lost runs, for `main` to report
@@ -241,7 +244,9 @@ class _Run:
 
     def _wait_for_admission(self, ending: Callable[[], str | None]) -> str | None:
         """Waits for the lake and the lease. Returns a reason where the run is to end already."""
-        while self._phase is Phase.ADMISSION and self._store_fault is None:
+        while self._phase is Phase.ADMISSION and (self._store_fault is None or self._plan.standby):
+            self._log_messages()
+            self._report_recovered()
             if not self._failures.empty():
                 raise self._failures.get()
             if reason := ending():
@@ -345,16 +350,14 @@ class _Run:
             self._persist(lambda: self._lake.claim(self._plan.feed))
             # Whose journal is locked here has no process any more, so its lease need not run out.
             ended = {journal.header.run for journal in self._leftovers}
-            self._persist(lambda: self._lease.acquire(self._wait_unless_draining, ended))
+            self._persist(lambda: self._lease.acquire(self._wait_for_lease, ended, self._plan.standby))
             self._persist(self._continue_after_earlier_runs)
             # From here on the lake knows of the run, even if its machine is lost before anything is published.
             self._persist(lambda: self._publisher.put_ledger(complete=False))
             self._enter(Phase.COLLECTING)
             renewing = self._thread("lease", self._renew)
             # Lost runs first: their bars are older, and so revisions reach the lake in the order they came.
-            while self._leftovers:
-                self._recover(self._leftovers[0])
-                self._leftovers.pop(0)
+            self._recover_leftovers()
             while True:
                 last_round = self._phase is Phase.DRAINING
                 if self._persist(self._publisher.step):
@@ -379,6 +382,11 @@ class _Run:
         """Their frames are older than this run's, whatever the clocks said. They are over: this run has the lease."""
         for ledger in read_ledgers(self._lake, self._plan.session_date).ledgers:
             self._journal.continue_after(ledger.account.last_received_at)
+
+    def _recover_leftovers(self) -> None:
+        while self._leftovers:
+            self._recover(self._leftovers[0])
+            self._leftovers.pop(0)
 
     def _recover(self, journal: LeftoverJournal) -> None:
         """Publishes what a lost run left, and completes its ledger."""
@@ -430,7 +438,13 @@ class _Run:
                 self._drain_deadline = time.monotonic() + DRAIN_SECONDS
             return result
 
-    def _wait_unless_draining(self, seconds: float) -> None:
+    def _wait_for_lease(self, seconds: float) -> None:
+        if self._plan.standby and not self._is_standing_by:
+            self._is_standing_by = True
+            self._messages.put(
+                (logging.INFO, f"standby: another collects into {self._lake.uri}; waiting for its lease")
+            )
+            self._recover_leftovers()  # what lies on this disk need not wait that long
         if self._wait_for(Phase.DRAINING, seconds):
             raise _GivenUp
 

@@ -37,6 +37,8 @@ RENEW_SECONDS = 15.0
 # Who takes a lease over waits this much longer than it lasts: clocks run differently fast, and a renewal takes time.
 TOLERANCE = timedelta(seconds=15)
 _TRIES = 5
+# How often who waits for a lease looks at it.
+_LOOK_SECONDS = 2.0
 
 
 class LeaseHeld(Exception):
@@ -127,6 +129,7 @@ class Lease:
         self._owner = owner
         self._status = CollectorStatus()
         self._etag: str | None = None
+        self._may_hold = False
         self._lock: int | None = None
         self._clock = clock
         self._confirmed: float | None = None
@@ -143,13 +146,15 @@ class Lease:
         """How long ago the store took the lease for this run the last time; None if it never did."""
         return None if self._confirmed is None else self._clock() - self._confirmed
 
-    def acquire(self, wait: Callable[[float], None] = time.sleep, ended: Collection[str] = ()) -> None:
+    def acquire(
+        self, wait: Callable[[float], None] = time.sleep, ended: Collection[str] = (), standby: bool = False
+    ) -> None:
         """Takes the lease. Raises LeaseHeld where the holder is seen to be alive, and waits until that is clear.
 
-        ended: runs that are known to be over, whatever their lease says.
+        ended: runs that are known to be over, whatever their lease says. standby: a holder that is alive is waited for.
         """
         if not self._lake.is_s3:
-            self._acquire_lock()
+            self._acquire_lock(wait if standby else None)
             self.renew(CollectorStatus())
             return
         watch = Watch(self._clock)  # a new one after an error of the store: the holder cannot renew then either
@@ -168,20 +173,22 @@ class Lease:
                     self.renew(CollectorStatus())
                     return
                 continue
-            if first is not None and holding != first:
+            if first is not None and holding != first and not standby:
                 raise LeaseHeld(_held(self._lake.uri, holding))
             first = holding
-            wait(2.0)
+            wait(_LOOK_SECONDS)
 
     def renew(self, status: CollectorStatus) -> None:
         """Extends the lease and shows the status. Raises LeaseLost when another has it."""
         self._status = status
+        self._may_hold = True  # from here on, even if the answer is lost
         self._write(released=False)
 
     def release(self) -> None:
-        """Gives the lease up, so that the next collector need not wait."""
-        with contextlib.suppress(LeaseLost):
-            self._write(released=True)
+        """Gives the lease up, so that the next collector need not wait. Leaves another's alone."""
+        if self._may_hold:
+            with contextlib.suppress(LeaseLost):
+                self._write(released=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -212,6 +219,7 @@ class Lease:
             except (PreconditionError, AlreadyExistsError, *NOT_FOUND):
                 holding, etag = self._read()
                 if holding is None or (holding.run, holding.owner) != (self._run, self._owner):
+                    self._may_hold = False
                     raise LeaseLost(_held(self._lake.uri, holding) if holding else "the lease was removed") from None
                 self._etag = etag  # our own, of a write whose answer was lost
                 continue
@@ -220,17 +228,19 @@ class Lease:
             return
         raise LeaseLost(f"{self._lake.uri} refuses every renewal of this collector's own lease")
 
-    def _acquire_lock(self) -> None:
-        if self._lock is not None:
-            return
-        self._lock = os.open(self._lake.local_root / "lease.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            self._lock = None
-            holding = read_lease(self._lake)
-            raise LeaseHeld(_held(self._lake.uri, holding) if holding else f"{self._lake.uri} is locked") from None
+    def _acquire_lock(self, wait: Callable[[float], None] | None) -> None:
+        """wait: how to wait while another has it; None to raise LeaseHeld."""
+        while self._lock is None:
+            lock = os.open(self._lake.local_root / "lease.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = lock
+            except BlockingIOError:
+                os.close(lock)
+                if wait is None:
+                    found = read_lease(self._lake)
+                    raise LeaseHeld(_held(self._lake.uri, found) if found else f"{self._lake.uri} is locked") from None
+                wait(_LOOK_SECONDS)
 
     def _read(self) -> tuple[Holding | None, str | None]:
         try:

@@ -24,6 +24,7 @@ from polygon_pipeline.datasets import catalog
 from polygon_pipeline.defs.reference import reported_status
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.supervision import (
+    STANDBY_TAG,
     STOPPED_TAG,
     TERMINATED_BY_HAND,
     PatientLog,
@@ -69,6 +70,9 @@ class CollectConfig(BaseModel):
         default=None, description="One raw-data object per bar; on for a watch list, off for the whole market"
     )
     write_frames: bool = Field(default=True, description="Archive every frame in raw-frames")
+    standby: bool | None = Field(
+        default=None, description="While another machine collects, wait, and take over when it is gone"
+    )
     checkpoint_seconds: float | None = Field(
         default=None, gt=0, description="How often frames are archived and progress is reported (300; demo 30)"
     )
@@ -85,6 +89,7 @@ _CONFIG_SCHEMA = {
         "write_objects": bool,
         "write_frames": bool,
         "checkpoint_seconds": float,
+        "standby": bool,
     }.items()
 }
 
@@ -111,7 +116,10 @@ def collect_aggregates(context: dg.OpExecutionContext, polygon: PolygonResource,
                 lambda: _ORPHANED if is_orphan() else None,
             )
             log, reports = PatientLog(context.log), Reports(context.log_event)
-            collector = Collector(opened, _plan(context.run_id, wanted, config, day, url), log)
+            plan = _plan(context.run_id, wanted, config, day, url)
+            if plan.standby:
+                context.instance.add_run_tags(context.run_id, {STANDBY_TAG: "yes"})
+            collector = Collector(opened, plan, log)
             state = _WatchedState(context.instance, opened, day)
             stood: list[Progress] = []
 
@@ -195,6 +203,7 @@ def _plan(run_id: str, wanted: Settings, config: CollectConfig, day: date, url: 
         or (demo.CHECKPOINT_SECONDS if wanted.is_simulated else _CHECKPOINT_SECONDS),
         quiet_limit=lambda: None if wanted.is_simulated else launching.quiet_limit(datetime.now(UTC)),
         time_base=wanted.time_base,
+        standby=wanted.standby if config.standby is None else config.standby,
     )
 
 

@@ -27,6 +27,8 @@ from polygon_pipeline.lake.store import Lake
 STOPPED_TAG = "polygon_pipeline/stopped_by"
 TERMINATED_BY_HAND = "terminate"
 LOST = "death"
+# A run that waits while another machine collects has no lease, and is not lost for that.
+STANDBY_TAG = "polygon_pipeline/standby"
 
 # A run in one of these states has a process, or is about to get or to end one.
 _MANAGED = {dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING}
@@ -172,6 +174,8 @@ def fail_lost_collectors(
             cause = f"its process {own.pid} is gone"
         elif _process_lives(instance, record):
             continue  # it may be without a lease because its store is away
+        elif own is None and STANDBY_TAG in run.tags:
+            continue
         if cause:
             message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
             log.warning(f"run {run.run_id}: {message}")

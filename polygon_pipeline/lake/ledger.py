@@ -236,13 +236,13 @@ def connected_minutes(ledgers: Sequence[Ledger]) -> list[tuple[int, int]]:
     """
     found: list[tuple[datetime, datetime]] = []
     # A feed that plays a past day starts with its first run, which may be a lost one whose ledger knows of no bar.
-    feed_began = min((of.started_at for of in ledgers if not of.complete or _has_bars(of)), default=None)
+    feed_began = min((_subscribed_at(of) for of in ledgers if not of.complete or _has_bars(of)), default=None)
     for ledger in ledgers:
         if not _of_minutes(ledger.topics):
             continue
         for connection in ledger.account.connections:
             if ledger.time_base == "event":
-                played = _played_minutes(ledger, connection, began=ledger.started_at == feed_began)
+                played = _played_minutes(ledger, connection, began=_subscribed_at(ledger) == feed_began)
                 if played is None:
                     continue
                 first, last = played
@@ -326,6 +326,11 @@ def repairable_gaps(
         for first, last in missing_minutes(day, ledgers, clock, live_run)
         if last + _MINUTE + settled_after <= clock and last.timestamp() * 1000 >= known_until_ms
     ]
+
+
+def _subscribed_at(ledger: Ledger) -> datetime:
+    """When a run subscribed the first time, or when it started where that is not known. A standby waits between."""
+    return ledger.account.connections[0].since if ledger.account.connections else ledger.started_at
 
 
 def _has_bars(ledger: Ledger) -> bool:

@@ -118,6 +118,46 @@ def test_a_lease_that_is_seen_not_to_be_renewed_is_taken_over_and_its_holder_fin
         second.release()
 
 
+def test_a_standby_waits_for_as_long_as_the_holder_renews_and_takes_over_80_s_after_it_stopped(s3_lake: Lake) -> None:
+    clock, held, stops = Clock(), holding("run-1"), 1000 + 3600
+
+    def wait(seconds: float) -> None:
+        clock.wait(seconds)
+        if clock.now <= stops and clock.now % 15 < seconds:
+            _put(s3_lake, msgspec.structs.replace(held, renewed_at=held.renewed_at + timedelta(seconds=clock.now)))
+
+    _put(s3_lake, held)
+    _lease(s3_lake, "run-2", clock).acquire(wait, standby=True)
+    assert _holder(s3_lake) == "run-2"
+    assert TTL + TOLERANCE < timedelta(seconds=clock.now - stops) + timedelta(seconds=15)
+    assert clock.now - stops < 80
+
+
+def test_who_only_waited_for_a_lease_releases_nothing(lake: Lake) -> None:
+    with _acquired(lake, "run-1"):
+        waiting = _lease(lake, "run-2")
+        with pytest.raises(_WouldWait):
+            waiting.acquire(_refuse_to_wait, standby=True)
+        waiting.release()
+        assert _holder(lake) == "run-1"
+
+
+def test_the_standby_of_a_local_lake_takes_over_when_the_lock_is_free(file_lake: Lake) -> None:
+    first = _lease(file_lake, "run-1")
+    first.acquire(_refuse_to_wait)
+    second = _lease(file_lake, "run-2")
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            first.release()
+
+    second.acquire(wait, standby=True)
+    assert (_holder(file_lake), len(waited)) == ("run-2", 3)
+    second.release()
+
+
 @pytest.mark.parametrize("ahead", [timedelta(days=-1), -TTL, TTL, timedelta(days=1)])
 @pytest.mark.fault("clock steps")
 def test_a_lease_that_is_renewed_is_nobody_elses_whatever_the_clock_of_its_holder_says(

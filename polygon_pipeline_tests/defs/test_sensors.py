@@ -182,6 +182,16 @@ def test_runs_whose_process_was_lost_are_followed_at_once_and_those_that_fail_by
     assert isinstance(_tick(instance), dg.SkipReason if waits else dg.RunRequest)
 
 
+def test_a_standby_that_waits_without_a_lease_is_not_lost_and_one_that_took_over_may_be(
+    instance: dg.DagsterInstance, lake_dir: Path, clock: Clock
+) -> None:
+    run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
+    instance.add_run_tags(run.run_id, {supervision.STANDBY_TAG: "yes"})
+    assert set(_look_for(5, clock, instance)) == {"no run is lost"}
+    _write_lease(lake_dir, run, expires_in=timedelta(minutes=1))
+    assert any("1" in said for said in _look_for(2, clock, instance))
+
+
 @pytest.mark.parametrize("how", ["monitored", "killed", "queued"])
 def test_a_run_terminated_by_hand_is_not_started_again_however_its_end_comes(
     how: str, instance: dg.DagsterInstance, lake_dir: Path, clock: Clock
