@@ -8,6 +8,7 @@ All timestamps are UTC; prices are US dollars, unadjusted; volumes are shares.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -43,12 +44,32 @@ class Dataset:
 
     def schema(self) -> pa.Schema:
         """The columns as Arrow has them, each with its description as metadata."""
-        import pyarrow as pa  # takes 0.2 s, which every process of every run would pay
+        return _schema(self.columns)
 
-        types = _arrow_types()
-        return pa.schema(
-            [pa.field(c.name, types[c.type], metadata={"description": c.description}) for c in self.columns]
-        )
+
+@dataclass(frozen=True)
+class Listing:
+    """What the vendor knows of all days at once, kept as each day's fetch found it (layout.listing_key), so that what
+    was known on a day can be asked for. Without partitions.
+
+    key: the column that a fetch replaces by where a day has several; None where each fetch is everything.
+    """
+
+    name: str
+    description: str
+    columns: tuple[Column, ...]
+    key: str | None = None
+
+    def schema(self) -> pa.Schema:
+        """The columns as Arrow has them, each with its description as metadata."""
+        return _schema(self.columns)
+
+
+def _schema(columns: Sequence[Column]) -> pa.Schema:
+    import pyarrow as pa  # takes 0.2 s, which every process of every run would pay
+
+    types = _arrow_types()
+    return pa.schema([pa.field(c.name, types[c.type], metadata={"description": c.description}) for c in columns])
 
 
 def _arrow_types() -> dict[str, pa.DataType]:
@@ -236,6 +257,90 @@ SESSION_REPORT = Dataset(
         Column("day_state", "string", "collecting, partial, complete or final: how much of the day this row knows"),
     ),
 )
+
+_FETCHED_AT = Column("fetched_at", "timestamp", "When the vendor was asked")
+_FACTOR = "The vendor's cumulative factor: what a price before the event is multiplied by, for this and all later ones"
+
+SPLITS = Listing(
+    "splits",
+    "Splits as the vendor knew them on the day of each fetch, announced ones included: the watch list's, or for the "
+    "whole market all since POLYGON_HISTORY_START. Prices are adjusted with them when they are read, never stored.",
+    (
+        Column("id", "string", "The vendor's identifier of the event"),
+        _TICKER,
+        Column("execution_date", "date", "The first day in new shares, from its pre-market on"),
+        Column("adjustment_type", "string", "forward_split, reverse_split or stock_dividend"),
+        Column("split_from", "double", "So many old shares become split_to new ones"),
+        Column("split_to", "double", "New shares for split_from old ones"),
+        Column("historical_adjustment_factor", "double", f"{_FACTOR}; 0 and null occur, and are of no use"),
+        _FETCHED_AT,
+    ),
+)
+
+DIVIDENDS = Listing(
+    "dividends",
+    "Dividends as the vendor knew them on the day of each fetch, announced ones included: the watch list's, or for the "
+    "whole market all since POLYGON_HISTORY_START.",
+    (
+        Column("id", "string", "The vendor's identifier of the event"),
+        _TICKER,
+        Column("cash_amount", "double", "Paid per share of that time, in the currency"),
+        Column("split_adjusted_cash_amount", "double", "The same per share of the day of the fetch"),
+        Column("currency", "string", "Such as USD"),
+        Column("declaration_date", "date", "When it was announced; null where unknown"),
+        Column("ex_dividend_date", "date", "The first day on which a buyer does not get it"),
+        Column("record_date", "date", "Whose holders get it; null where unknown"),
+        Column("pay_date", "date", "When it is paid; null where unknown"),
+        Column("frequency", "int64", "Times a year; 0 for once; null where unknown"),
+        Column("distribution_type", "string", "recurring, special, supplemental, irregular or unknown"),
+        Column("historical_adjustment_factor", "double", f"{_FACTOR}; 0 and null occur, and are of no use"),
+        _FETCHED_AT,
+    ),
+)
+
+TICKERS = Listing(
+    "tickers",
+    "The vendor's listing of stocks as of a date, with delisted ones: as of the day of each fetch, and as of past "
+    "dates that a launch names. The watch list's, or the whole market's. One day's file may hold several dates.",
+    (
+        Column("as_of", "date", "The date the listing is of"),
+        _TICKER,
+        Column("name", "string", "Of the company or fund"),
+        Column("market", "string", "stocks or otc"),
+        Column("locale", "string", "us"),
+        Column("primary_exchange", "string", "The exchange's code (MIC); null where unknown"),
+        Column("type", "string", "Such as CS (common stock) or ETF; null where unknown"),
+        Column("active", "bool", "Whether it was listed on that date"),
+        Column("currency_name", "string", "Such as usd"),
+        Column("cik", "string", "The SEC's number of the company; null where unknown"),
+        Column("composite_figi", "string", "OpenFIGI's identifier, of all exchanges; null where unknown"),
+        Column("share_class_figi", "string", "OpenFIGI's identifier of the share class; null where unknown"),
+        Column("delisted_utc", "timestamp", "When it was delisted; null while it is listed and where unknown"),
+        Column("last_updated_utc", "timestamp", "When the vendor changed the record"),
+        _FETCHED_AT,
+    ),
+    key="as_of",
+)
+
+TICKER_EVENTS = Listing(
+    "ticker_events",
+    "The names that a company's shares had, each from its date on. One request a ticker: the watch list's, or for the "
+    "whole market those that a launch names. Experimental at the vendor.",
+    (
+        Column("requested_ticker", "string", "The ticker that was asked for"),
+        Column("name", "string", "Of the company or fund"),
+        Column("composite_figi", "string", "OpenFIGI's identifier, of all exchanges; null where unknown"),
+        Column("cik", "string", "The SEC's number of the company; null where unknown"),
+        Column("date", "date", "When the event took effect"),
+        Column("type", "string", "ticker_change"),
+        Column("ticker", "string", "The ticker from that date on"),
+        _FETCHED_AT,
+    ),
+    key="requested_ticker",
+)
+
+# Beside DATASETS, because nothing is made of them and no day is a part of them.
+LISTINGS = (SPLITS, DIVIDENDS, TICKERS, TICKER_EVENTS)
 
 # In the order in which they can be made: each after its inputs.
 DATASETS = (

@@ -7,6 +7,7 @@ All dates are session dates in New York time, so that one prefix is one daily pa
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import date, datetime
 
 from polygon_pipeline.market.bars import Channel, iso_seconds, ticker_error
@@ -30,6 +31,8 @@ _FRAMES = re.compile(r"raw-frames/[^/]+/[\w.+-]+\.jsonl\.zst", re.ASCII)
 
 # What only a ledger of ours is called (defs.collect names the runs).
 _LEDGER = re.compile(r"ledger/[^/]+/\d{8}T\d{6}Z-[\w.-]+\.json", re.ASCII)
+
+_LISTING = re.compile(r"datasets/[^/]+/fetched=(\d{4}-\d\d-\d\d)/data\.parquet", re.ASCII)
 
 _RAW = {Channel.MINUTE: "raw-data", Channel.SECOND: "raw-data-second"}
 
@@ -111,3 +114,20 @@ def is_ledger_key(key: str) -> bool:
 def dataset_key(name: str, day: str) -> str:
     """`datasets/NAME/date=2026-01-26/data.parquet`. day: a partition key, YYYY-MM-DD."""
     return f"datasets/{name}/date={day}/data.parquet"
+
+
+def listing_key(name: str, fetched: date) -> str:
+    """`datasets/NAME/fetched=2026-01-26/data.parquet`: all that was known on a day. fetched: the UTC date."""
+    return f"{listing_prefix(name)}fetched={fetched.isoformat()}/data.parquet"
+
+
+def listing_prefix(name: str) -> str:
+    return f"datasets/{name}/"
+
+
+def parse_listing_key(key: str) -> date | None:
+    """The day of a listing's file, or None if the key is none."""
+    found = _LISTING.fullmatch(key)
+    with suppress(ValueError):
+        return date.fromisoformat(found[1]) if found else None
+    return None

@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 
 from polygon_pipeline.datasets import catalog
-from polygon_pipeline.datasets.catalog import DATASETS, FOLLOWING, RESAMPLED, Dataset, find
+from polygon_pipeline.datasets.catalog import DATASETS, FOLLOWING, LISTINGS, RESAMPLED, Dataset, find
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.market.bars import Channel
@@ -34,6 +34,15 @@ def test_the_datasets_have_the_public_names() -> None:
         "bar_coverage",
         "session_report",
     ]
+
+
+def test_the_listings_have_the_public_names_and_are_described_with_their_columns() -> None:
+    assert [listing.name for listing in LISTINGS] == ["splits", "dividends", "tickers", "ticker_events"]
+    for listing in LISTINGS:
+        assert listing.description, listing.name
+        assert all(column.description for column in listing.columns), listing.name
+        assert listing.schema().names == [column.name for column in listing.columns]
+        assert listing.key in (None, *listing.schema().names)
 
 
 def test_every_dataset_comes_after_its_inputs() -> None:

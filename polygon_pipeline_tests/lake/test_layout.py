@@ -32,6 +32,27 @@ def test_every_other_key_names_its_content_and_day() -> None:
     assert layout.quarantine_key(DAY, "RUN", 7) == "quarantine/2026-01-26/RUN-000007.jsonl"
     assert layout.ledger_key(DAY, "RUN") == "ledger/2026-01-26/RUN.json"
     assert layout.dataset_key("bars_5m", "2026-01-26") == "datasets/bars_5m/date=2026-01-26/data.parquet"
+    assert layout.listing_key("splits", DAY) == "datasets/splits/fetched=2026-01-26/data.parquet"
+
+
+@given(st.dates(date(2003, 1, 1), date(2100, 1, 1)))
+def test_a_listings_key_can_be_read_back_and_lies_below_its_prefix(day: date) -> None:
+    key = layout.listing_key("splits", day)
+    assert layout.parse_listing_key(key) == day
+    assert key.startswith(layout.listing_prefix("splits"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "datasets/splits/fetched=2026-02-30/data.parquet",
+        "datasets/splits/fetched=2026-01-26/data.parquet.tmp",
+        "datasets/splits/date=2026-01-26/data.parquet",
+        "datasets/splits/fetched=2026-01-26/",
+    ],
+)
+def test_other_keys_are_no_listings(key: str) -> None:
+    assert layout.parse_listing_key(key) is None
 
 
 @given(
