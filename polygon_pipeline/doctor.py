@@ -188,7 +188,7 @@ def _time(at: datetime) -> str:
 
 def _key(wanted: Settings) -> Finding:
     if not wanted.is_simulated:
-        return Finding(Level.OK, "key", "POLYGON_API_KEY is set: the feed is the market's")
+        return Finding(Level.OK, "key", "POLYGON_API_KEY (or MASSIVE_API_KEY) is set: the feed is the market's")
     advice = "set POLYGON_API_KEY and POLYGON_TICKERS to collect the market" if wanted.is_demo else ""
     return Finding(Level.OK, "key", "no key of the vendor: the feed is SIMULATED", advice)
 

@@ -3,8 +3,8 @@
 Belongs here: names, defaults and rules of configuration. Does not belong here: using any of it, and what the demo sets
 where nothing is set (demo).
 
-Without POLYGON_API_KEY the feed is simulated. `POLYGON_API_KEY=simulator` asks for that by name; only then may it fill
-an `s3://` lake.
+Without POLYGON_API_KEY, or MASSIVE_API_KEY as the vendor's own client calls it, the feed is simulated.
+`POLYGON_API_KEY=simulator` asks for that by name; only then may it fill an `s3://` lake.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from polygon_pipeline.market.bars import Channel, ticker_error
 from polygon_pipeline.market.calendar import FIRST_SESSION
 
 WEBSOCKET_URL = "wss://socket.massive.com/stocks"
+DELAYED_URL = "wss://delayed.massive.com/stocks"
 REST_URL = "https://api.massive.com"
 FLAT_FILES_URL = "https://files.massive.com"
 SIMULATOR_KEY = "simulator"
+_KEY_NAMES = ("POLYGON_API_KEY", "MASSIVE_API_KEY")
 
 # In the spellings of all libraries: not each of them knows networks.
 _THIS_MACHINE = "localhost,127.0.0.1,::1,127.0.0.0/8"
@@ -128,7 +130,22 @@ def _addresses(variable: str, environment: Mapping[str, str]) -> tuple[str, ...]
 
 def is_simulated(environment: Mapping[str, str]) -> bool:
     """Whether the feed is simulated: no key is set, or the simulator's name."""
-    return environment.get("POLYGON_API_KEY", "").strip() in ("", SIMULATOR_KEY)
+    return _keys(environment) <= {SIMULATOR_KEY}
+
+
+def _keys(environment: Mapping[str, str]) -> set[str]:
+    """The vendor's key under each of its names: one, unless they differ; none where neither is set."""
+    return {environment.get(name, "").strip() for name in _KEY_NAMES} - {""}
+
+
+def _api_key(environment: Mapping[str, str]) -> str:
+    """The key to use. Raises ConfigurationError, which shows none."""
+    keys = _keys(environment)
+    if len(keys) > 1:
+        raise ConfigurationError(
+            f"{' and '.join(_KEY_NAMES)} are two names of the vendor's key, and are set to different values. Unset one."
+        )
+    return next(iter(keys), SIMULATOR_KEY)
 
 
 def load(environment: Mapping[str, str]) -> Settings:
@@ -139,11 +156,12 @@ def load(environment: Mapping[str, str]) -> Settings:
     flat_files_url, flat_files_key_id, flat_files_secret = _flat_files(environment)
     if websocket_url:
         require_private("POLYGON_WEBSOCKET_URL", websocket_url, "wss", "ws", environment)
+        _require_stocks(websocket_url)
     if rest_url:
         require_private("POLYGON_REST_URL", rest_url, "https", "http", environment)
     return Settings(
         feed="simulated" if simulated else "polygon",
-        api_key=SIMULATOR_KEY if simulated else environment["POLYGON_API_KEY"].strip(),
+        api_key=_api_key(environment),
         websocket_url=websocket_url,
         rest_url=rest_url,
         rest_requests_per_minute=parse_requests(environment.get("POLYGON_REST_REQUESTS_PER_MINUTE") or "5"),
@@ -183,10 +201,10 @@ def history_start(environment: Mapping[str, str]) -> date:
 def lake_uri(environment: Mapping[str, str]) -> str:
     """LAKE_URI. Raises ConfigurationError where a simulated feed would fill an S3 lake without being asked to."""
     uri = environment.get("LAKE_URI") or Path("var/lake").resolve().as_uri()
-    if uri.lower().startswith("s3://") and not environment.get("POLYGON_API_KEY", "").strip():
+    if uri.lower().startswith("s3://") and not _keys(environment):
         raise ConfigurationError(
-            f"LAKE_URI is {uri}, but without POLYGON_API_KEY the feed would be simulated. Set POLYGON_API_KEY to "
-            f"collect the market, or to {SIMULATOR_KEY!r} to put simulated data there on purpose."
+            f"LAKE_URI is {uri}, but without POLYGON_API_KEY the feed would be simulated. Set it (or MASSIVE_API_KEY) "
+            f"to collect the market, or to {SIMULATOR_KEY!r} to put simulated data there on purpose."
         )
     return uri
 
@@ -292,6 +310,16 @@ def require_private(variable: str, url: str, secure: str, plain: str, environmen
     if parts.username or parts.password or parts.query:
         raise ConfigurationError(f"{variable} must hold no credentials, because URLs are logged.")
     _require_encrypted(variable, url, secure, plain, environment)
+
+
+def _require_stocks(websocket_url: str) -> None:
+    """The vendor's feeds of other markets speak the same protocol, and their bars are no stocks'."""
+    parts = urlsplit(websocket_url)
+    if f".{parts.hostname}".endswith((".massive.com", ".polygon.io")) and parts.path.rstrip("/") != "/stocks":
+        raise ConfigurationError(
+            f"POLYGON_WEBSOCKET_URL is a feed of {parts.path.strip('/') or 'nothing'}; only stocks are collected, real "
+            f"time ({WEBSOCKET_URL}) or delayed ({DELAYED_URL})."
+        )
 
 
 def _parts(variable: str, url: str, secure: str, plain: str) -> SplitResult:

@@ -20,7 +20,7 @@ from polygon_pipeline_tests.support.s3_server import SeaweedFS
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the settings, credentials and proxies of who runs it, be they in the environment or in ~/.aws."""
     for name in list(os.environ):
-        if name.startswith(("POLYGON_", "AWS_")) or name in ("LAKE_URI", "JOURNAL_DIR", "DAGSTER_HOME"):
+        if name.startswith(("POLYGON_", "MASSIVE_", "AWS_")) or name in ("LAKE_URI", "JOURNAL_DIR", "DAGSTER_HOME"):
             monkeypatch.delenv(name)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -70,6 +70,39 @@ def test_no_key_and_the_simulators_name_are_the_simulator(key: str) -> None:
     assert load(SIMULATED | {"POLYGON_API_KEY": key}).is_simulated
 
 
+@pytest.mark.parametrize("polygon", [{}, {"POLYGON_API_KEY": " "}, {"POLYGON_API_KEY": f"{KEY} "}])
+def test_the_key_has_a_second_name_which_the_vendors_own_client_reads(polygon: dict[str, str]) -> None:
+    environment = {"POLYGON_TICKERS": "SPY", "MASSIVE_API_KEY": KEY} | polygon
+    found = load(environment | {"LAKE_URI": "s3://bucket/x"})
+    assert (found.api_key, found.is_simulated, found.rest_url) == (KEY, False, "https://api.massive.com")
+    assert not settings.is_simulated(environment)
+
+
+def test_the_simulator_can_be_asked_for_under_either_name() -> None:
+    found = load(SIMULATED | {"MASSIVE_API_KEY": "simulator", "LAKE_URI": "s3://bucket/x"})
+    assert (found.is_simulated, found.lake_uri) == (True, "s3://bucket/x")
+
+
+@pytest.mark.parametrize("other", [SECRET, "simulator"])
+def test_two_different_keys_are_refused_by_their_names_and_neither_is_shown(other: str) -> None:
+    message = refused(MASSIVE_API_KEY=other)
+    assert "POLYGON_API_KEY and MASSIVE_API_KEY" in message
+    assert not settings.is_simulated(REAL | {"MASSIVE_API_KEY": other}), "no demo fills a lake by mistake"
+
+
+@pytest.mark.parametrize(
+    "url", [settings.WEBSOCKET_URL, settings.DELAYED_URL, f"{settings.WEBSOCKET_URL}/", "wss://feed.example.com/any"]
+)
+def test_the_vendors_feeds_of_stocks_and_other_servers_are_taken(url: str) -> None:
+    assert load(REAL | {"POLYGON_WEBSOCKET_URL": url}).websocket_url == url
+
+
+@pytest.mark.parametrize("path", ["options", "crypto", "forex", "indices", "futures/cme", ""])
+def test_the_vendors_feeds_of_other_markets_are_refused(path: str) -> None:
+    for host in ("socket.massive.com", "delayed.polygon.io"):
+        assert "only stocks" in refused(POLYGON_WEBSOCKET_URL=f"wss://{host}/{path}")
+
+
 def test_white_space_around_a_key_is_removed() -> None:
     assert load(REAL | {"POLYGON_API_KEY": f" {KEY}\n"}).api_key == KEY
 

@@ -308,7 +308,8 @@ class Stream:
                 self._refuse(
                     connection,
                     f"{self._url} refused the API key ({status.message or status.status}). "
-                    "Set POLYGON_API_KEY to a key whose plan includes WebSocket access, then start again.",
+                    "Set POLYGON_API_KEY (or MASSIVE_API_KEY) to a key whose plan includes WebSocket access, then "
+                    "start again.",
                 )
             case "error" if connection.unacknowledged:
                 missing = ", ".join(sorted(connection.unacknowledged))

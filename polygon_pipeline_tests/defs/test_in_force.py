@@ -37,6 +37,16 @@ def test_a_page_shows_what_is_in_force_and_whether_keys_are_set() -> None:
     assert "- access key: set\n" in lake
 
 
+def test_a_key_under_its_second_name_is_set_and_not_shown() -> None:
+    feed = page(polygon_resource({"MASSIVE_API_KEY": "secret-key", "POLYGON_TICKERS": "SPY"}))
+    assert "- feed: polygon\n- key: set\n" in feed
+    assert "secret-key" not in feed
+    both = page(polygon_resource(ENVIRONMENT | {"MASSIVE_API_KEY": "another-secret"}))
+    assert "cannot be used: POLYGON\\_API\\_KEY and MASSIVE\\_API\\_KEY" in both
+    assert "another-secret" not in both
+    assert "secret-key" not in both
+
+
 def test_no_page_shows_a_secret() -> None:
     pages = page(polygon_resource(ENVIRONMENT)) + page(lake_resource(ENVIRONMENT))
     assert not [secret for secret in SECRETS.values() if secret in pages]
