@@ -34,11 +34,13 @@ _ZSTD_LEVEL = 1  # 3.4 times smaller at 300 MB/s; level 3 takes half as long aga
 
 
 class ArchivedEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A change of the connection. retry_seconds: how long until the next attempt, after a disconnect."""
+    """A change of the connection. After a disconnect: retry_seconds, how long until the next attempt; silent_seconds:
+    for how long nothing had come, where that was long."""
 
     kind: ConnectionChange
     detail: str
     retry_seconds: float | None = None
+    silent_seconds: float | None = None
 
 
 class ArchivedFrame(msgspec.Struct, frozen=True):

@@ -37,6 +37,8 @@ HANDSHAKE_SECONDS = 20.0
 CLOSE_SECONDS = 1.0
 # Topics in one subscribe message: far below any limit met so far, and few messages for a long list.
 TOPICS_PER_MESSAGE = 500
+# A connection that was not heard for so long may have been dead; what is shorter says nothing.
+_LONG_SILENCE_SECONDS = 5.0
 # How often deadlines are looked at while frames come.
 _CHECK_SECONDS = 0.5
 
@@ -58,12 +60,14 @@ class EventKind(StrEnum):
 
 class ConnectionEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """A change of the connection. After a disconnect: retry_seconds, how long until the next attempt; evicted: whether
-    another connection took the place."""
+    another connection took the place; silent_seconds: for how long the server had not been heard, where that was long:
+    the connection may have been dead for as long."""
 
     kind: EventKind
     detail: str
     retry_seconds: float | None = None
     evicted: bool = False
+    silent_seconds: float | None = None
 
 
 @dataclass
@@ -131,6 +135,9 @@ class Stream:
     bring no frame, asked every second; None says that silence is normal now. A list that stays silent is given twice
     the time with every connection, until a frame comes. may_return: whether to connect again after an eviction, asked
     every second until it is so.
+
+    heard: when the server was heard last, on the clock that never steps (time.monotonic); everything that it had sent
+    by then has been passed on. None before it is subscribed.
     """
 
     def __init__(
@@ -159,6 +166,7 @@ class Stream:
         self._may_return = may_return
         self._patience = 1.0
         self._accepted = False
+        self.heard: float | None = None
 
     def run(self) -> None:
         """Returns when stopped. Raises StreamRefused where trying again cannot help."""
@@ -179,11 +187,15 @@ class Stream:
                 raise
             if connection.warning:
                 cause = f"{connection.warning}; {cause}"
+            silent = time.monotonic() - connection.last_heard
+            silent_seconds = round(silent, 3) if silent > _LONG_SILENCE_SECONDS else None
             if self._stop.is_set():
-                self._report(ConnectionEvent(EventKind.DISCONNECTED, cause))
+                self._report(ConnectionEvent(EventKind.DISCONNECTED, cause, silent_seconds=silent_seconds))
                 return
             delay = self._backoff.next_delay(connection.live_seconds, connection.evicted or connection.refused)
-            self._report(ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3), connection.evicted))
+            self._report(
+                ConnectionEvent(EventKind.DISCONNECTED, cause, round(delay, 3), connection.evicted, silent_seconds)
+            )
             self._stop.wait(delay)
             while connection.evicted and not self._stop.is_set() and not self._may_return():
                 self._stop.wait(1)
@@ -256,6 +268,8 @@ class Stream:
         """Before every wait for the server, in the middle of a message too: what was received is passed on, and the
         connection ends where it is not wanted any more or a deadline is over."""
         self._deliver()
+        if connection.subscribed:
+            self.heard = connection.last_heard
         now = time.monotonic()
         if connection.closing is not None:
             if now - connection.closing > CLOSE_SECONDS:

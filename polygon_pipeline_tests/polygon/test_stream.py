@@ -480,11 +480,13 @@ def test_an_unreachable_exchange_is_retried_until_it_is_reachable() -> None:
 
 @pytest.mark.slow
 def test_a_connection_whose_pings_are_not_answered_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten(monkeypatch, PING_SECONDS=0.2, SILENCE_SECONDS=1.5)
+    shorten(monkeypatch, PING_SECONDS=0.2, SILENCE_SECONDS=1.5, _LONG_SILENCE_SECONDS=1.0)
     frames = [[status("connected")], [status("auth_success")], subscribed("AM.SPY")]
     with deaf(*frames) as url, Watched(url) as watched:
         watched.next(EventKind.SUBSCRIBED)
-        assert "answered no ping" in watched.next(EventKind.DISCONNECTED).detail
+        lost = watched.next(EventKind.DISCONNECTED)
+        assert "answered no ping" in lost.detail
+        assert (lost.silent_seconds or 0) >= 1.5, "it may have been dead for as long"
 
 
 @pytest.mark.slow
