@@ -6,11 +6,14 @@ Belongs here: that counting, and the ledger made of it. Does not belong here: wh
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from polygon_pipeline.collector.journal import JournalHeader
 from polygon_pipeline.lake.archive import ArchivedEvent, ConnectionChange
+from polygon_pipeline.lake.lag import LatenessSummary
 from polygon_pipeline.lake.ledger import Account, Connection, Ledger
+from polygon_pipeline.lake.watermark import watermarks
+from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon.messages import Frame
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
 
@@ -27,7 +30,7 @@ _MOST_WARNINGS = 100
 
 def archived(event: ConnectionEvent) -> ArchivedEvent:
     """A change of the stream's connection, as journal and archive keep it."""
-    return ArchivedEvent(_ARCHIVED[event.kind], event.detail, event.retry_seconds)
+    return ArchivedEvent(_ARCHIVED[event.kind], event.detail, event.retry_seconds, event.silent_seconds)
 
 
 def count_frame(account: Account, frame: Frame, received_at: datetime) -> None:
@@ -40,11 +43,17 @@ def count_frame(account: Account, frame: Frame, received_at: datetime) -> None:
     for kind in frame.other:
         account.other[kind] = account.other.get(kind, 0) + 1
     account.last_received_at = received_at
-    if frame.aggregates and account.connections:
+    if frame.aggregates:
+        note_bars(account, frame.newest_start_ms, frame.last_start_ms)
+
+
+def note_bars(account: Account, newest_start_ms: int, last_start_ms: int) -> None:
+    """Adds to the connection that a frame brought bars: the newest's start, and the last's."""
+    if account.connections:
         connection = account.connections[-1]
         if connection.first_bar_ms is None:
-            connection.first_bar_ms = frame.newest_start_ms
-        connection.last_bar_ms = max(connection.last_bar_ms or 0, frame.last_start_ms)
+            connection.first_bar_ms = newest_start_ms
+        connection.last_bar_ms = max(connection.last_bar_ms or 0, last_start_ms)
 
 
 def count_event(account: Account, event: ArchivedEvent, at: datetime) -> None:
@@ -53,7 +62,7 @@ def count_event(account: Account, event: ArchivedEvent, at: datetime) -> None:
         case "subscribed":
             account.connections.append(Connection(at))
         case "disconnected" | "refused":
-            _end_connection(account, at, event.detail)
+            _end_connection(account, at - timedelta(seconds=event.silent_seconds or 0), event.detail)
         case "ended":
             _end_connection(account, at, event.detail)
             account.ended_by = event.detail
@@ -79,7 +88,14 @@ def make_ledger(header: JournalHeader, account: Account, complete: bool) -> Ledg
         topics=header.topics,
         time_base=header.time_base,
         lag=account.lags.summary(),
+        lateness=lateness_summary(account),
+        watermarks=watermarks(account, header.topics, header.time_base, header.session_date),
     )
+
+
+def lateness_summary(account: Account) -> dict[Channel, LatenessSummary]:
+    """How late the account's bars came, for people."""
+    return {channel: lateness.summary() for channel, lateness in sorted(account.lateness.items())}
 
 
 def _end_connection(account: Account, at: datetime, cause: str) -> None:

@@ -27,7 +27,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from enum import IntEnum
@@ -36,7 +36,7 @@ from typing import TypeVar
 
 import msgspec
 
-from polygon_pipeline.collector.accounting import archived
+from polygon_pipeline.collector.accounting import archived, lateness_summary
 from polygon_pipeline.collector.journal import (
     Journal,
     JournalError,
@@ -49,8 +49,10 @@ from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Lea
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.lake.archive import ArchivedEvent
 from polygon_pipeline.lake.errors import STORE_ERRORS, brief, permanent_error
-from polygon_pipeline.lake.ledger import Account, TimeBase, read_ledgers
+from polygon_pipeline.lake.ledger import Account, TimeBase, Watermark, read_ledgers
 from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.lake.watermark import watermarks
+from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon.stream import Backoff, ConnectionEvent, EventKind, Stream
 
 T = TypeVar("T")
@@ -103,6 +105,7 @@ class Progress:
     dates: the session dates that got bars since the last checkpoint. backlog_frames, backlog_bytes: what waits on disk;
     unpublished_seconds: the age of the oldest of it, 0.0 when nothing waits. store_faults: how often the lake did not
     take a write that was tried again. lease_seconds: how long ago the lease was taken or renewed; None before.
+    watermarks: of what is published, by channel.
     """
 
     account: Account
@@ -119,6 +122,7 @@ class Progress:
     store_faults: int
     lease_seconds: float | None
     journal_free_bytes: int
+    watermarks: Mapping[Channel, Watermark] = field(default_factory=dict)
 
 
 class Phase(IntEnum):
@@ -468,6 +472,8 @@ class _Run:
                         evicted=progress.evicted,
                         journal_free_bytes=progress.journal_free_bytes,
                         lag=progress.account.lags.summary(),
+                        lateness=lateness_summary(progress.account),
+                        watermarks=dict(progress.watermarks),
                     )
                 )
 
@@ -504,6 +510,7 @@ class _Run:
             store_faults=self._store_faults,
             lease_seconds=self._lease.confirmed_seconds,
             journal_free_bytes=self._journal.free_bytes(),
+            watermarks=watermarks(account, self._plan.topics, self._plan.time_base, self._plan.session_date),
         )
 
     def _backlog_bytes(self) -> int:

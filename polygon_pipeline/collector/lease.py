@@ -29,8 +29,10 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.errors import NOT_FOUND
-from polygon_pipeline.lake.lag import LagSummary
+from polygon_pipeline.lake.lag import LagSummary, LatenessSummary
+from polygon_pipeline.lake.ledger import Watermark
 from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
 
 TTL = timedelta(seconds=60)
 RENEW_SECONDS = 15.0
@@ -53,7 +55,8 @@ class CollectorStatus(msgspec.Struct, frozen=True):
     """How the holder does. Times in UTC; last_bar: when the last published frame arrived; bars: published so far.
 
     evicted: whether another connection has taken the feed over, and it is not back yet. journal_free_bytes: what the
-    journal's disk has left; None where that is not known. lag: in seconds.
+    journal's disk has left; None where that is not known. lag, lateness: in seconds. watermarks: of what is published.
+    The last two by channel.
     """
 
     connected: bool = False
@@ -67,6 +70,8 @@ class CollectorStatus(msgspec.Struct, frozen=True):
     evicted: bool = False
     journal_free_bytes: int | None = None
     lag: LagSummary = LagSummary()
+    lateness: dict[Channel, LatenessSummary] = msgspec.field(default_factory=dict)
+    watermarks: dict[Channel, Watermark] = msgspec.field(default_factory=dict)
 
 
 class Holding(msgspec.Struct, frozen=True):

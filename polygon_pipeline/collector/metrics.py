@@ -101,6 +101,14 @@ class _Metrics(Collector):
         ):
             if value is not None:
                 yield GaugeMetricFamily(f"polygon_{name}", text, value)
+        complete = GaugeMetricFamily(
+            "polygon_complete_through_timestamp_seconds",
+            "The end of the last minute that is complete, of what is published.",
+            labels=["channel"],
+        )
+        for channel, mark in progress.watermarks.items():
+            complete.add_metric([channel], mark.through.timestamp() + 60)
+        yield complete
         state = self._day_state()
         if state is not None:
             day = GaugeMetricFamily("polygon_day_state", "1 for the state that the day is in.", labels=["state"])

@@ -29,8 +29,9 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from enum import Enum, auto
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -39,6 +40,7 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from polygon_pipeline.collector.accounting import count_event, count_frame, make_ledger
 from polygon_pipeline.collector.journal import JournalHeader, JournalRecord, RecordType, Segments, write_atomically
+from polygon_pipeline.collector.lateness import Arrivals, Windows
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.archive import ArchivedEvent
 from polygon_pipeline.lake.errors import NOT_FOUND, STORE_ERRORS
@@ -47,13 +49,16 @@ from polygon_pipeline.lake.records import decode_record, encode_record
 from polygon_pipeline.lake.store import Lake, for_each
 from polygon_pipeline.market.bars import Bar, Channel
 from polygon_pipeline.market.calendar import trade_date
-from polygon_pipeline.polygon.messages import Frame, count_by_day, decode_frames, tickers_of
+from polygon_pipeline.polygon.messages import Frame, count_by_day, decode_frames, tickers_by_window, tickers_of
 
 # Read from the journal at once: some 20,000 bars, which bounds both memory and the work repeated after a crash.
 BATCH_BYTES = 4 * 1024 * 1024
 
 # Decoded at once: few enough that what is made of them stays in the processor's cache until they are counted.
 _CHUNK_BYTES = 64 * 1024
+
+# How late bars came is measured at once for all that came within so long.
+_MOMENT = timedelta(milliseconds=100)
 
 # Tries at one object before the batch's rest is tried later: a connection that breaks now and then is no outage.
 _OBJECT_TRIES = 3
@@ -114,6 +119,7 @@ class Publisher:
         self._quarantine: list[bytes] = []
         self._received: list[float] = []  # when the frames of the segment under way came, on the same clock
         self._known = KnownObjects(lake)
+        self._arrivals = Arrivals(header.time_base)
         self.tickers: set[str] = set()
         self.segments_published = 0
         if self._state_path.exists():
@@ -175,9 +181,11 @@ class Publisher:
         """Steps 1 to 3, of the records up to `end` at the most."""
         start = self._state.end
         batch: list[_Taken] = []
+        arrived: list[tuple[datetime, Windows]] = []
         account = msgspec.json.decode(msgspec.json.encode(self.account), type=Account)
         for chunk in self._read(start, end):
             batch += self._take(chunk, account)
+            arrived += _arrived(chunk)
             end = batch[-1].end
             if end - start >= self._batch_bytes:
                 break
@@ -187,6 +195,7 @@ class Publisher:
         self._save(_State(self._state.segment, start, end, account))
         # Only now, because until it is saved a batch may be taken again.
         self._known.update(fresh)
+        self._arrivals.add(self.account, arrived)
         for taken in batch:
             self._keep_lines(taken)
             self._keep_objects(taken)
@@ -371,6 +380,14 @@ def _decode(records: list[JournalRecord]) -> _Chunk:
     received = [record for record in records if record.kind is RecordType.FRAME]
     frames = iter(decode_frames([record.payload for record in received], [record.received_at for record in received]))
     return [(record, next(frames) if record.kind is RecordType.FRAME else None) for record in records]
+
+
+def _arrived(chunk: _Chunk) -> list[tuple[datetime, Windows]]:
+    """Which bars came when. What was received within a moment is taken together, a bar that came twice in it once."""
+    received = [(record.received_at, frame.aggregates) for record, frame in chunk if frame and frame.aggregates]
+    if received and received[-1][0] - received[0][0] < _MOMENT:
+        return [(received[0][0], tickers_by_window(list(chain.from_iterable(frame for _, frame in received))))]
+    return [(at, tickers_by_window(aggregates)) for at, aggregates in received]
 
 
 def _archive_line(record: JournalRecord, frame: Frame) -> bytes | None:

@@ -6,12 +6,13 @@ Belongs here: the words for a run's progress, its end, and the status in its lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 
 from polygon_pipeline.collector.collector import Progress
 from polygon_pipeline.collector.lease import Holding
-from polygon_pipeline.lake.ledger import Account, Gap, TimeBase
+from polygon_pipeline.lake.ledger import Account, Gap, TimeBase, Watermark
+from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK, session
 
 _NAMED_GAPS = 3
@@ -20,7 +21,7 @@ _ON_ITS_WAY_SECONDS = 5.0
 
 
 def standing(progress: Progress, bars: int, wanted: Sequence[str], time_base: TimeBase, now: datetime) -> str:
-    """How a run stands: `14:42 New York: 8,910 bars, 12 of 12 tickers, 1 gap, nothing waits`.
+    """How a run stands: `14:42 New York: 8,910 bars, 12 of 12 tickers, 1 gap, complete through 14:40, nothing waits`.
 
     bars: those the sentence is about, of one trade date and channel. wanted: the tickers, `*` for the whole market. The
     time is the market's: of a past day that is played, the newest bar's.
@@ -32,6 +33,7 @@ def standing(progress: Progress, bars: int, wanted: Sequence[str], time_base: Ti
         parts.append(f"{account.quarantined:,} quarantined")
     if gaps and gaps[-1].end is None:
         parts.append(f"not connected ({gaps[-1].cause})")
+    parts += _complete(progress.watermarks)
     parts.append(_waiting(progress.backlog_bytes, progress.unpublished_seconds, progress.store_fault))
     return f"{_clock(_market_time(account, time_base, now))} New York: {', '.join(parts)}"
 
@@ -80,6 +82,7 @@ def live_status(holding: Holding | None, now: datetime) -> str:
         f"{status.bars_per_second:g} a second",
         *([f"the last came at {status.last_bar.astimezone(NEW_YORK):%H:%M:%S} New York"] if status.last_bar else []),
         _counted(status.gaps, "gap"),
+        *_complete(status.watermarks),
         _waiting(status.backlog_bytes, status.unpublished_seconds, status.store_fault),
     ]
     return f"{', '.join(parts)}; said {max(0.0, (now - holding.renewed_at).total_seconds()):.0f} s ago"
@@ -104,6 +107,11 @@ def _gaps(gaps: Sequence[Gap]) -> str:
     ]
     named = ", ".join(times[:_NAMED_GAPS]) + (f" and {len(times) - _NAMED_GAPS} more" if times[_NAMED_GAPS:] else "")
     return _counted(len(gaps), "gap") + (f" ({named} New York)" if named else "")
+
+
+def _complete(watermarks: Mapping[Channel, Watermark]) -> list[str]:
+    """Up to where a run is complete; of several channels, the one that is behind."""
+    return [f"complete through {_clock(min(mark.through for mark in watermarks.values()))}"] if watermarks else []
 
 
 def _safe(progress: Progress) -> str:

@@ -1,7 +1,7 @@
-"""Lags: how long frames and bars took from their receipt, counted in a fixed number of buckets.
+"""Lags: how long frames and bars took from their receipt, and how late bars came, in a fixed number of buckets.
 
 Belongs here: counting times in bounded memory, their percentiles, and how both are stored. Does not belong here: taking
-the times (collector.journal, collector.publisher).
+the times (collector.journal, collector.publisher, collector.lateness).
 
 A bucket's end is 2^(1/8), or 9 %, above its beginning, so a percentile is at most that much too large, and never too
 small. From 0.1 ms to 194 days these are 288 buckets; what is shorter or longer is counted in the first or the last.
@@ -10,6 +10,7 @@ small. From 0.1 ms to 194 days these are 288 buckets; what is shorter or longer 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import msgspec
 
@@ -44,6 +45,12 @@ class Histogram(msgspec.Struct):
         number = min(number, _LAST)
         self.buckets[number] = self.buckets.get(number, 0) + count
         self.total_seconds += seconds * count
+
+    def include(self, other: Histogram) -> None:
+        """Counts what another has counted, too."""
+        for number, count in other.buckets.items():
+            self.buckets[number] = self.buckets.get(number, 0) + count
+        self.total_seconds += other.total_seconds
 
     @property
     def count(self) -> int:
@@ -83,6 +90,38 @@ class Lags(msgspec.Struct):
 
     def summary(self) -> LagSummary:
         return LagSummary(self.to_synced.percentiles(), self.to_object.percentiles(), self.to_archive.percentiles())
+
+
+class Lateness(msgspec.Struct):
+    """How late the bars of a channel came after their end, by the market's time.
+
+    first: bars that came for the first time; revised: bars that came again, of which the latest was so late.
+    """
+
+    first: Histogram = msgspec.field(default_factory=Histogram)
+    revised: Histogram = msgspec.field(default_factory=Histogram)
+    latest_revision_seconds: float = 0.0
+
+    def summary(self) -> LatenessSummary:
+        return LatenessSummary(self.first.percentiles(), self.revised.percentiles(), self.latest_revision_seconds)
+
+
+def merged(found: Iterable[Lateness]) -> Lateness:
+    """Those of several runs, as if one had counted."""
+    total = Lateness()
+    for lateness in found:
+        total.first.include(lateness.first)
+        total.revised.include(lateness.revised)
+        total.latest_revision_seconds = max(total.latest_revision_seconds, lateness.latest_revision_seconds)
+    return total
+
+
+class LatenessSummary(msgspec.Struct, frozen=True):
+    """Lateness as people read it; in seconds."""
+
+    first: Percentiles = Percentiles()
+    revised: Percentiles = Percentiles()
+    latest_revision_seconds: float = 0.0
 
 
 class LagSummary(msgspec.Struct, frozen=True):

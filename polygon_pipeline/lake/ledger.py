@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.lag import Lags, LagSummary
+from polygon_pipeline.lake.lag import Lags, LagSummary, Lateness, LatenessSummary
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel, arrival_error
 from polygon_pipeline.market.calendar import session
@@ -36,7 +36,8 @@ SESSION_OVER = "the session is over"
 _MINUTE_TOPICS = f"{Channel.MINUTE}."
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MINUTE = timedelta(minutes=1)
-_LATEST_DELIVERY = timedelta(seconds=5)
+# A minute's bar comes within seconds of the minute's end.
+LATEST_DELIVERY = timedelta(seconds=5)
 
 
 class Connection(msgspec.Struct):
@@ -74,8 +75,8 @@ class DayCount(msgspec.Struct):
 
 
 class Account(msgspec.Struct):
-    """What a run received, published so far. days: trade date, then channel. lags: of what was published before the
-    account was stored, so an archive's own come with the next."""
+    """What a run received, published so far. days: trade date, then channel. lags, lateness: of what was published
+    before the account was stored, so an archive's own come with the next."""
 
     frames: int = 0
     events: int = 0
@@ -90,6 +91,7 @@ class Account(msgspec.Struct):
     last_received_at: datetime | None = None
     ended_by: str = ""
     lags: Lags = msgspec.field(default_factory=Lags)
+    lateness: dict[Channel, Lateness] = msgspec.field(default_factory=dict)
 
     def day(self, day: date, channel: Channel) -> DayCount:
         """The count of a trade date and channel, which may be added to."""
@@ -123,9 +125,23 @@ class Account(msgspec.Struct):
         return errors
 
 
+class Watermark(msgspec.Struct, frozen=True):
+    """Complete from the minute that starts at `first` through the one that starts at `through`, but for `gaps`; what
+    that promises, lake.watermark says.
+
+    gaps: the minutes between the two that are not claimed, as (first, last) starts, in order. waited_seconds: how long
+    after a minute's end its bars were waited for.
+    """
+
+    first: datetime
+    through: datetime
+    gaps: tuple[tuple[datetime, datetime], ...]
+    waited_seconds: float
+
+
 class Ledger(msgspec.Struct):
-    """complete: the run is over and published. topics: its subscriptions, such as `AM.SPY`. lag: the account's lags
-    for people, in seconds."""
+    """complete: the run is over and published. topics: its subscriptions, such as `AM.SPY`. lag, lateness: the
+    account's for people, in seconds. watermarks: of what is published, by channel."""
 
     run: str
     feed: str
@@ -140,6 +156,8 @@ class Ledger(msgspec.Struct):
     topics: tuple[str, ...] = ()
     time_base: TimeBase | None = None
     lag: LagSummary = LagSummary()
+    lateness: dict[Channel, LatenessSummary] = msgspec.field(default_factory=dict)
+    watermarks: dict[Channel, Watermark] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.time_base is None:  # ledgers from before it was kept; only simulators played past days
@@ -395,8 +413,7 @@ def _minute(start_ms: int | None) -> datetime | None:
 
 def _first_lost(disconnected: datetime) -> datetime:
     """The first minute whose bar may have come too late for a connection that ended then."""
-    # A minute's bar comes within seconds of the minute's end.
-    earliest = disconnected - _MINUTE - _LATEST_DELIVERY
+    earliest = disconnected - _MINUTE - LATEST_DELIVERY
     first = earliest.replace(second=0, microsecond=0)
     return first + _MINUTE if first < earliest else first
 

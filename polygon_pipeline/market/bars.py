@@ -21,6 +21,11 @@ class Channel(StrEnum):
     MINUTE = "AM"
     SECOND = "A"
 
+    @property
+    def window_ms(self) -> int:
+        """How long its bars last."""
+        return 60_000 if self is Channel.MINUTE else 1000
+
 
 class Bar(NamedTuple):
     """One ticker's trades of one window.

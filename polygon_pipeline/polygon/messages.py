@@ -185,6 +185,18 @@ def count_by_day(aggregates: Sequence[Aggregate]) -> Counter[tuple[Channel, date
     return Counter([(_CHANNELS[type(aggregate)], trade_date(int(aggregate.s))) for aggregate in aggregates])
 
 
+def tickers_by_window(aggregates: Sequence[Aggregate]) -> dict[tuple[Channel, int], set[str]]:
+    """The tickers that have bars among these, by channel and start (Unix ms)."""
+    starts = {aggregate.s for aggregate in aggregates}
+    kinds = set(map(type, aggregates))
+    if len(starts) == len(kinds) == 1:  # as nearly always
+        return {(_CHANNELS[kinds.pop()], int(starts.pop())): tickers_of(aggregates)}
+    found: dict[tuple[Channel, int], set[str]] = {}
+    for aggregate in aggregates:
+        found.setdefault((_CHANNELS[type(aggregate)], int(aggregate.s)), set()).add(aggregate.sym)
+    return found
+
+
 def tickers_of(aggregates: Sequence[Aggregate]) -> set[str]:
     """The tickers that have bars among these."""
     return {aggregate.sym for aggregate in aggregates}

@@ -87,3 +87,13 @@ def test_a_late_revision_does_not_set_the_newest_bar_of_a_connection_back() -> N
         count_frame(account, decode_frame(encode([aggregate("SPY", start_ms)]), _at("17:02:00")), _at("17:02:00"))
     [connection] = account.connections
     assert (connection.first_bar_ms, connection.last_bar_ms) == (NOON, NOON + 60_000)
+
+
+def test_a_connection_that_was_silent_before_it_was_lost_ended_when_it_was_heard_last() -> None:
+    account = Account()
+    _count(account, EventKind.SUBSCRIBED, "", _at("15:00:00"))
+    lost = ConnectionEvent(EventKind.DISCONNECTED, "no ping was answered", silent_seconds=31.0)
+    count_event(account, archived(lost), _at("15:20:30"))
+    _count(account, EventKind.SUBSCRIBED, "", _at("15:20:31"))
+    (gap,) = account.gaps("processing")
+    assert (gap.start, gap.first_minute, gap.last_minute) == (_at("15:19:59"), _at("15:19:00"), _at("15:19:00"))

@@ -22,6 +22,7 @@ from polygon_pipeline.collector import metrics
 from polygon_pipeline.collector.collector import Collector
 from polygon_pipeline.lake.ledger import Ledger
 from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.faults import Fault, Faults, FaultType
 from polygon_pipeline_tests.support.bars import DAY
@@ -50,7 +51,7 @@ def _scrape(port: int) -> Samples:
 def _collect(lake: Lake, folder: Path, port: int, look: Callable[[], bool]) -> Ledger:
     """A run with one reconnect, which ends once all is published and `look` has seen what it wants."""
     with Exchange(_FEED, speed=0, faults=Faults([Fault(FaultType.DROP, after_frames=1)])) as exchange:
-        wanted = plan(exchange.url, folder / "journal", checkpoint_seconds=0.2)
+        wanted = plan(exchange.url, folder / "journal", checkpoint_seconds=0.2, time_base="event")
         collector = Collector(lake, wanted, _LOG)
 
         def ending() -> str | None:
@@ -79,6 +80,8 @@ def test_what_is_served_agrees_with_the_ledger(tmp_path: Path, file_lake: Lake) 
     assert (found["polygon_backlog_frames"], found["polygon_backlog_bytes"], found["polygon_store_down"]) == (0, 0, 0)
     assert found["polygon_journal_free_bytes"] > 0
     assert found["polygon_lease_age_seconds"] >= 0
+    through = ledger.watermarks[Channel.MINUTE].through
+    assert found["polygon_complete_through_timestamp_seconds channel=AM"] == through.timestamp() + 60
     with pytest.raises(urllib.error.URLError):
         _scrape(port)
 

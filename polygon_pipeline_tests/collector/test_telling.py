@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 
 from polygon_pipeline.collector.collector import Progress
-from polygon_pipeline.collector.lease import CollectorStatus
+from polygon_pipeline.collector.lease import CollectorStatus, Holding
 from polygon_pipeline.collector.telling import farewell, live_status, standing, summary
 from polygon_pipeline.lake.ledger import SESSION_OVER, Account, Connection
+from polygon_pipeline.lake.watermark import watermarks
 from polygon_pipeline_tests.support.bars import DAY
 from polygon_pipeline_tests.support.leases import holding
 
@@ -46,6 +48,17 @@ def account_with_a_gap() -> Account:
 def test_a_checkpoint_says_in_one_sentence_how_the_run_stands() -> None:
     said = standing(progress_of(account_with_a_gap()), 8910, WANTED, "processing", NOW)
     assert said == "14:42 New York: 8,910 bars, 12 of 12 tickers, 1 gap, nothing waits"
+
+
+def test_up_to_where_the_run_is_complete_stands_in_the_sentence_and_in_its_lease() -> None:
+    marks = watermarks(
+        account_with_a_gap(), ["AM.*"], "processing", DAY, heard_until=NOW + timedelta(seconds=35)
+    ) | watermarks(account_with_a_gap(), ["A.*"], "processing", DAY, heard_until=NOW)
+    said = standing(replace(progress_of(account_with_a_gap()), watermarks=marks), 8910, WANTED, "processing", NOW)
+    assert "1 gap, complete through 14:41, nothing waits" in said
+    lease = msgspec.structs.replace(holding(now=NOW), status=CollectorStatus(True, watermarks=marks))
+    stored = msgspec.json.decode(msgspec.json.encode(lease), type=Holding)
+    assert "complete through 14:41" in live_status(stored, NOW)
 
 
 def test_what_is_not_as_it_should_be_stands_in_the_sentence() -> None:
