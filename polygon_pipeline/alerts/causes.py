@@ -216,7 +216,7 @@ def _makes(run: EndedRun, failure: Failure) -> bool:
 
 def _session_runs(now: datetime) -> bool:
     found = current_or_next_session(now)
-    return found.pre_open + DEAD_AFTER <= now < found.post_close
+    return found.begin + DEAD_AFTER <= now < found.post_close
 
 
 def _what(failure: Failure) -> str:

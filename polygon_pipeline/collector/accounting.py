@@ -6,6 +6,7 @@ Belongs here: that counting, and the ledger made of it. Does not belong here: wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from polygon_pipeline.collector.journal import JournalHeader
@@ -14,7 +15,8 @@ from polygon_pipeline.lake.lag import LatenessSummary
 from polygon_pipeline.lake.ledger import Account, Connection, Ledger
 from polygon_pipeline.lake.watermark import watermarks
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.polygon.messages import Frame
+from polygon_pipeline.market.calendar import is_in_hours
+from polygon_pipeline.polygon.messages import Aggregate, Frame
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
 
 _ARCHIVED: dict[EventKind, ConnectionChange] = {
@@ -54,6 +56,13 @@ def note_bars(account: Account, newest_start_ms: int, last_start_ms: int) -> Non
         if connection.first_bar_ms is None:
             connection.first_bar_ms = newest_start_ms
         connection.last_bar_ms = max(connection.last_bar_ms or 0, last_start_ms)
+
+
+def count_outside_hours(account: Account, aggregates: Sequence[Aggregate]) -> None:
+    """Adds those of many frames' bars that start outside the hours of trading."""
+    outside = {start for start in {aggregate.s for aggregate in aggregates} if not is_in_hours(int(start))}
+    if outside:
+        account.outside_hours += sum(aggregate.s in outside for aggregate in aggregates)
 
 
 def count_event(account: Account, event: ArchivedEvent, at: datetime) -> None:

@@ -52,6 +52,7 @@ from polygon_pipeline.lake.errors import STORE_ERRORS, brief, permanent_error
 from polygon_pipeline.lake.ledger import Account, TimeBase, Watermark, read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.lake.watermark import watermarks
+from polygon_pipeline.market import hours
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon.stream import Backoff, ConnectionEvent, EventKind, Stream
 
@@ -219,6 +220,7 @@ class _Run:
         self._store_faults = 0
         self._drain_deadline = math.inf
         self._reported: dict[date, int] = {}
+        self._outside_hours = 0
 
     def run(self, ending: Callable[[], str | None]) -> str:
         """On the thread `main`."""
@@ -305,6 +307,12 @@ class _Run:
         bars = {day: sum(count.bars for count in channels.values()) for day, channels in days.items()}
         dates = frozenset(day for day, count in bars.items() if count != self._reported.get(day))
         self._reported = bars
+        if outside := progress.account.outside_hours - self._outside_hours:
+            self._outside_hours += outside
+            self._log.warning(
+                f"{outside} bars start outside the hours of trading; each is kept under its trade date. If the market "
+                f"trades at night by now, set {hours.VARIABLE}."
+            )
         self._on_checkpoint(replace(progress, dates=dates))
 
     def _report_recovered(self) -> None:

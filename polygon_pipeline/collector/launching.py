@@ -90,14 +90,14 @@ def quiet_limit(now: datetime) -> float | None:
 
 
 def decide_live(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> Start | Wait:
-    """Collects every session from the opening of pre-market until the last revisions are in.
+    """Collects every session from its begin, at night or at 04:00, until the last revisions are in.
 
     runs: this feed's, newest first. loaded_at: when the code location read its environment; a failure for good
     before that may have been corrected since.
     """
     found = current_or_next_session(now - REVISIONS)
-    if now < found.pre_open:
-        opening = found.pre_open.astimezone(NEW_YORK)
+    if now < found.begin:
+        opening = found.begin.astimezone(NEW_YORK)
         return Wait(f"the market is closed; collecting starts {opening:%A %Y-%m-%d %H:%M} New York")
     return decide_session(found.date, now, loaded_at, runs)
 

@@ -38,7 +38,7 @@ import msgspec
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from polygon_pipeline.collector.accounting import count_event, count_frame, make_ledger
+from polygon_pipeline.collector.accounting import count_event, count_frame, count_outside_hours, make_ledger
 from polygon_pipeline.collector.journal import JournalHeader, JournalRecord, RecordType, Segments, write_atomically
 from polygon_pipeline.collector.lateness import Arrivals, Windows
 from polygon_pipeline.lake import archive, layout
@@ -217,6 +217,7 @@ class Publisher:
         counts = count_by_day(aggregates)
         if account:
             self.tickers.update(tickers_of(aggregates))
+            count_outside_hours(account, aggregates)
             for (channel, day), count in counts.items():
                 account.day(day, channel).bars += count
             for record, frame in chunk:

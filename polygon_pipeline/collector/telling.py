@@ -13,7 +13,7 @@ from polygon_pipeline.collector.collector import Progress
 from polygon_pipeline.collector.lease import Holding
 from polygon_pipeline.lake.ledger import Account, Gap, TimeBase, Watermark
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.market.calendar import NEW_YORK, session
+from polygon_pipeline.market.calendar import clock, session
 
 _NAMED_GAPS = 3
 # What is on its way to the lake does not wait.
@@ -35,7 +35,7 @@ def standing(progress: Progress, bars: int, wanted: Sequence[str], time_base: Ti
         parts.append(f"not connected ({gaps[-1].cause})")
     parts += _complete(progress.watermarks)
     parts.append(_waiting(progress.backlog_bytes, progress.unpublished_seconds, progress.store_fault))
-    return f"{_clock(_market_time(account, time_base, now))} New York: {', '.join(parts)}"
+    return f"{clock(_market_time(account, time_base, now))} New York: {', '.join(parts)}"
 
 
 def summary(progress: Progress, day: date, wanted: Sequence[str], time_base: TimeBase) -> str:
@@ -55,13 +55,13 @@ def farewell(
     account = progress.account
     at = _market_time(account, time_base, now)
     said = [
-        f"{'Terminated by hand' if by_hand else 'Stopped'} at {_clock(at)} New York.",
+        f"{'Terminated by hand' if by_hand else 'Stopped'} at {clock(at)} New York.",
         f"{account.bars:,} bars, {_tickers(progress.tickers, wanted)}, {_gaps(account.gaps(time_base))}.",
         _safe(progress),
     ]
     found = session(day)
     if found and at < found.post_close:
-        until = _clock(found.post_close)
+        until = clock(found.post_close)
         said.append(f"Not collected: what the market of {day} does from now until {until}.")
         said.append(
             "It stays ended; launch collect_aggregates to go on. What is missed comes from the vendor's history."
@@ -80,7 +80,7 @@ def live_status(holding: Holding | None, now: datetime) -> str:
         "connected" if status.connected else "not connected",
         f"{status.bars:,} bars",
         f"{status.bars_per_second:g} a second",
-        *([f"the last came at {status.last_bar.astimezone(NEW_YORK):%H:%M:%S} New York"] if status.last_bar else []),
+        *([f"the last came at {clock(status.last_bar, seconds=True)} New York"] if status.last_bar else []),
         _counted(status.gaps, "gap"),
         *_complete(status.watermarks),
         _waiting(status.backlog_bytes, status.unpublished_seconds, status.store_fault),
@@ -101,9 +101,7 @@ def _tickers(seen: int, wanted: Sequence[str]) -> str:
 
 def _gaps(gaps: Sequence[Gap]) -> str:
     times = [
-        f"{_clock(gap.first_minute)} to {_clock(gap.last_minute)}"
-        for gap in gaps
-        if gap.first_minute and gap.last_minute
+        f"{clock(gap.first_minute)} to {clock(gap.last_minute)}" for gap in gaps if gap.first_minute and gap.last_minute
     ]
     named = ", ".join(times[:_NAMED_GAPS]) + (f" and {len(times) - _NAMED_GAPS} more" if times[_NAMED_GAPS:] else "")
     return _counted(len(gaps), "gap") + (f" ({named} New York)" if named else "")
@@ -135,7 +133,3 @@ def _size(count: int) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
-
-
-def _clock(at: datetime) -> str:
-    return f"{at.astimezone(NEW_YORK):%H:%M}"

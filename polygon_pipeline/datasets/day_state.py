@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from polygon_pipeline.lake.ledger import Ledger, market_time, missing_minutes
-from polygon_pipeline.market.calendar import NEW_YORK, session
+from polygon_pipeline.market.calendar import clock, session
 
 
 class DayState(StrEnum):
@@ -41,15 +41,15 @@ def day_status(
     found = session(day)
     if found is None:
         raise ValueError(f"{day} is not a trading day")
-    clock = market_time(ledgers, now)
-    is_over = clock >= found.post_close
+    at = market_time(ledgers, now)
+    is_over = at >= found.post_close
     if known_until_ms >= found.post_close.timestamp() * 1000:
         return DayStatus(DayState.FINAL, "the vendor's history of the whole session is merged", is_over)
     if not is_over and any(ledger.run == live_run for ledger in ledgers):
-        return DayStatus(DayState.COLLECTING, f"{clock.astimezone(NEW_YORK):%H:%M} New York", is_over)
+        return DayStatus(DayState.COLLECTING, f"{clock(at)} New York", is_over)
     missing = [
         (first, last)
-        for first, last in missing_minutes(day, ledgers, min(clock, found.post_close))
+        for first, last in missing_minutes(day, ledgers, min(at, found.post_close))
         if last.timestamp() * 1000 >= known_until_ms
     ]
     if is_over and not missing:
@@ -60,4 +60,4 @@ def day_status(
 
 
 def _span(first: datetime, last: datetime) -> str:
-    return f"{first.astimezone(NEW_YORK):%H:%M}-{last.astimezone(NEW_YORK):%H:%M}"
+    return f"{clock(first)}-{clock(last)}"

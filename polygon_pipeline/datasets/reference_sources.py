@@ -26,6 +26,7 @@ from polygon_pipeline.datasets.inputs import fetch_reference
 from polygon_pipeline.lake.ledger import market_time, read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.calendar import day_bounds_ms, session, trading_days
+from polygon_pipeline.market.hours import filed_by_night_from
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import expected_at, fetch_flat_file
 from polygon_pipeline.polygon.rest import Page, RestHistory, seconds_left
@@ -33,7 +34,7 @@ from polygon_pipeline.polygon.rest import Page, RestHistory, seconds_left
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-# An answer holds 50,000 bars; an extended session has at most 960.
+# An answer holds 50,000 bars; a session has at most 960, or 1,380 with a night (then there is a second page).
 DAYS_PER_REQUEST = 50
 # A bar is final when its revisions are in, which takes about a quarter of an hour; and plans may be 15 minutes late.
 SETTLED = timedelta(minutes=16)
@@ -216,7 +217,8 @@ def _stage(
     if missing:
         pace = duration(seconds_left(0, len(missing), 0, sources.requests_per_second))
         report(f"asking REST for {len(missing)} tickers from {days[0]} to {days[-1]}: {pace} at the plan's pace")
-        refused = sources.rest.fetch_many(missing, days[0], days[-1], use, progress, is_served=bool(staged))
+        first, last = _range(days)
+        refused = sources.rest.fetch_many(missing, first, last, use, progress, is_served=bool(staged))
         if refused:
             named = "; ".join(f"{ticker}: {reason}" for ticker, reason in [*refused.items()][:_NAMED])
             report(f"{len(refused)} of {len(tickers)} tickers are refused, and the others are used. {named}")
@@ -230,6 +232,13 @@ def _tickers(days: Sequence[date], sources: Sources) -> list[str]:
     if not traded:
         raise NotYetPublished(f"The vendor does not say yet which tickers traded from {days[0]} to {days[-1]}.")
     return sorted(traded)
+
+
+def _range(days: Sequence[date]) -> tuple[date | int, date | int]:
+    """From when to when REST is asked for the bars of these days, both included. The vendor's dates are New York's."""
+    if days[-1] < filed_by_night_from():
+        return days[0], days[-1]
+    return day_bounds_ms(days[0])[0], day_bounds_ms(days[-1])[1] - 1
 
 
 def _until_ms(day: date, asked_at: datetime) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
+from polygon_pipeline.market import calendar
 from polygon_pipeline.market.calendar import NEW_YORK
 
 
@@ -17,8 +18,8 @@ def plain(text: str) -> str:
 
 
 def clock(moment: datetime) -> str:
-    """`14:42 New York`. moment: aware."""
-    return f"{moment.astimezone(NEW_YORK):%H:%M} New York"
+    """`14:42 New York`, and `Sun 21:30 New York` in a night that begins on the evening before. moment: aware."""
+    return f"{calendar.clock(moment)} New York"
 
 
 def date_and_clock(moment: datetime) -> str:
@@ -28,7 +29,7 @@ def date_and_clock(moment: datetime) -> str:
 
 def span(first: datetime, last: datetime) -> str:
     """`10:15 to 10:22`, in New York; the name of the place is the caller's to say. first, last: aware."""
-    begin, end = (f"{moment.astimezone(NEW_YORK):%H:%M}" for moment in (first, last))
+    begin, end = calendar.clock(first), calendar.clock(last)
     return begin if begin == end else f"{begin} to {end}"
 
 

@@ -36,7 +36,7 @@ _REPORTS_LOOKED_AT = 100
 )
 def external_raw_data_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SensorResult:
     now = datetime.now(UTC)
-    today = now.astimezone(calendar.NEW_YORK).date()
+    today = calendar.trade_date_at(now)
     position = _position(context.cursor)
     looked_at: list[date] = []
     reports: list[dg.AssetMaterialization] = []

@@ -24,7 +24,7 @@ from polygon_pipeline.defs.partitions import (
     spans,
 )
 from polygon_pipeline.defs.reference import DAYS_PER_RUN
-from polygon_pipeline.market.calendar import NEW_YORK, current_or_next_session
+from polygon_pipeline.market.calendar import current_or_next_session
 
 JOB = "datasets"
 
@@ -80,10 +80,11 @@ def datasets_follow_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResu
 
 
 def _just_made(instance: dg.DagsterInstance, now: datetime) -> set[date]:
-    """Today, where its datasets were made within LIVE_PAUSE: its bars change at every checkpoint until its end."""
-    today = now.astimezone(NEW_YORK).date()
-    if current_or_next_session(now - REVISIONS).date != today:
-        return set()  # it is not, or no more, collected
+    """The session under way, where its datasets were made within LIVE_PAUSE: its bars change at every checkpoint."""
+    found = current_or_next_session(now - REVISIONS)
+    if now < found.begin:
+        return set()  # none is collected
+    today = found.date
     latest = [latest_materialization(instance, dataset.name, today.isoformat()) for dataset in NORMALIZED.values()]
     newest = max((record.timestamp for record in latest if record), default=0.0)
     return {today} if now.timestamp() - newest < LIVE_PAUSE.total_seconds() else set()

@@ -24,6 +24,7 @@ from polygon_pipeline.defs.supervision import (
     fail_lost_collectors,
 )
 from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief
+from polygon_pipeline.market.calendar import trade_date_at
 
 ATTEMPT_TAG = "polygon_pipeline/attempt"
 _LOADED_AT = datetime.now(UTC)
@@ -104,7 +105,11 @@ def _past_runs(instance: dg.DagsterInstance, feed: str) -> Sequence[PastRun]:
         if not active and (tags.get(FEED_TAG) != feed or SESSION_DATE_TAG not in tags):
             continue
         ended = None if record.end_time is None else datetime.fromtimestamp(record.end_time, UTC)
-        day = date.fromisoformat(tags[SESSION_DATE_TAG]) if SESSION_DATE_TAG in tags else record.create_timestamp.date()
+        day = (
+            date.fromisoformat(tags[SESSION_DATE_TAG])
+            if SESSION_DATE_TAG in tags
+            else trade_date_at(record.create_timestamp)
+        )
         runs.append(PastRun(day, _outcome(record), ended, int(tags.get(ATTEMPT_TAG, 0))))
     return runs
 

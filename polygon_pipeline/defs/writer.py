@@ -17,7 +17,7 @@ from polygon_pipeline.defs.presenting import markdown_table
 from polygon_pipeline.lake.dataset_files import put_dataset
 from polygon_pipeline.lake.layout import dataset_key
 from polygon_pipeline.lake.store import Lake
-from polygon_pipeline.market.calendar import NEW_YORK
+from polygon_pipeline.market.calendar import clock
 
 # So many columns are seen at once in the page.
 _FITTING = 9
@@ -69,7 +69,7 @@ def _preview(found: Description) -> dg.MarkdownMetadataValue:
 def _cell(value: object) -> str:
     match value:
         case datetime():
-            return f"{value.astimezone(NEW_YORK):%H:%M:%S}".removesuffix(":00")
+            return clock(value, seconds=True).removesuffix(":00")
         case None | float():
             return number(value)
         case int() if not isinstance(value, bool):

@@ -106,7 +106,7 @@ def look(
 ) -> Iterator[Found]:
     """Goes on from a position, which it moves, and gives the days that it listed to their end, each once.
 
-    reported: the days (YYYY-MM-DD) that were reported before; today: New York's date. A look lists at most `pages`
+    reported: the days (YYYY-MM-DD) that were reported before; today: now's trade date. A look lists at most `pages`
     pages of `page_objects` objects three times; of a local lake, which lists in no order, a day as a whole. Raises
     the store's errors; the position is good then too.
     """

@@ -1,7 +1,7 @@
 """Every key of the lake, made by pure functions.
 
 Belongs here: what is called what, and how to read a name back. Does not belong here: reading or writing anything.
-All dates are session dates in New York time, so that one prefix is one daily partition.
+All dates are trade dates (market.calendar.trade_date), so that one prefix is one daily partition.
 """
 
 from __future__ import annotations

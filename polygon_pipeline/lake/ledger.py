@@ -75,8 +75,9 @@ class DayCount(msgspec.Struct):
 
 
 class Account(msgspec.Struct):
-    """What a run received, published so far. days: trade date, then channel. lags, lateness: of what was published
-    before the account was stored, so an archive's own come with the next."""
+    """What a run received, published so far. days: trade date, then channel. outside_hours: of the bars, those that
+    start outside their trade date's session. lags, lateness: of what was published before the account was stored, so an
+    archive's own come with the next."""
 
     frames: int = 0
     events: int = 0
@@ -87,6 +88,7 @@ class Account(msgspec.Struct):
     torn_bytes: int = 0
     days: dict[date, dict[Channel, DayCount]] = msgspec.field(default_factory=dict)
     connections: list[Connection] = msgspec.field(default_factory=list)
+    outside_hours: int = 0
     warnings: list[str] = msgspec.field(default_factory=list)
     last_received_at: datetime | None = None
     ended_by: str = ""
@@ -316,7 +318,7 @@ def missing_minutes(
     if any(ledger.run == live_run for ledger in ledgers) and connected:
         end = min(end, connected[-1][1] + _MINUTE)
     missing: list[tuple[datetime, datetime]] = []
-    start = found.pre_open
+    start = found.begin
     for first, last in [*connected, (end, end)]:
         if start + _MINUTE <= min(first, end):
             last_missing = (min(first, end) - _MINUTE).replace(second=0, microsecond=0)
@@ -367,7 +369,7 @@ def _played_minutes(ledger: Ledger, connection: Connection, began: bool) -> tupl
     # The feed ends with the session. Between, the first and the last minute of a connection may have come in part.
     connections = ledger.account.connections
     is_first, is_last = connection is connections[0], connection is connections[-1]
-    first = played.pre_open if is_first and began else begin + _MINUTE
+    first = played.begin if is_first and began else begin + _MINUTE
     last = end - _MINUTE
     if is_last and ledger.account.ended_by == SESSION_OVER:
         last = played.post_close - _MINUTE

@@ -45,9 +45,9 @@ class Bar(NamedTuple):
     vwap: float | None
 
 
-# What a bar may hold. Sums over a day are decimals with 28 digits before the point (datasets.resample), and 960 minutes
-# of such a volume at such a price still fit: 960 * 10^15 * 10^9 < 10^28. The dearest share costs less than 10^6
-# dollars, and the whole market trades some 10^10 shares a day.
+# What a bar may hold. Sums over a day are decimals with 28 digits before the point (datasets.resample), and 1,380
+# minutes of such a volume at such a price still fit: 1,380 * 10^15 * 10^9 < 10^28. The dearest share costs less than
+# 10^6 dollars, and the whole market trades some 10^10 shares a day.
 PRICE_LIMIT = 1e9
 SHARES_LIMIT = 1e15
 Price = Annotated[float, msgspec.Meta(gt=-PRICE_LIMIT, lt=PRICE_LIMIT)]

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -338,7 +338,7 @@ class HistoryServer:
                     yield bar
 
     def _grouped(self, day: str, query: dict[str, str]) -> JsonObject:
-        session = calendar.session(calendar.trade_date(_parse_time(day, "date")[0]))
+        session = calendar.session(datetime.fromtimestamp(_parse_time(day, "date")[0] / 1000, calendar.NEW_YORK).date())
         bars = _as_vendor_json(_daily(self._ended_bars(session.date), session)) if session else []
         if query.get("include_otc") != "true":
             bars = [bar for bar in bars if "otc" not in bar]
@@ -391,13 +391,13 @@ def _parse_adjusted(query: dict[str, str]) -> bool:
 
 def _parse_time(text: str, name: str) -> tuple[int, int]:
     """The first and last Unix ms of a date in New York; a time in Unix ms stands for itself."""
-    first_ms, end_ms = (calendar.day_bounds_ms(day)[0] for day in (_FIRST_DATE, _END_DATE))
+    first_ms, end_ms = (calendar.new_york_day_ms(day)[0] for day in (_FIRST_DATE, _END_DATE))
     with suppress(ValueError):
         if text.isdecimal() and first_ms <= int(text) < end_ms:
             return int(text), int(text)
         day = date.fromisoformat(text)
         if _FIRST_DATE <= day < _END_DATE:
-            start_ms, next_start_ms = calendar.day_bounds_ms(day)
+            start_ms, next_start_ms = calendar.new_york_day_ms(day)
             return start_ms, next_start_ms - 1
     raise _HttpError(400, f"Could not parse the time parameter: '{name}'. Use YYYY-MM-DD or Unix MS Timestamps")
 

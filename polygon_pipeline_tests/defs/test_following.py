@@ -213,11 +213,11 @@ def test_today_is_made_every_twenty_minutes_at_the_most_while_its_session_runs(
 ) -> None:
     now = datetime.now(NEW_YORK)
     soon = now + timedelta(minutes=19)  # perhaps after midnight
-    under_way = SimpleNamespace(date=soon.date())
+    under_way = SimpleNamespace(date=soon.date(), begin=now)
     monkeypatch.setattr(following, "current_or_next_session", lambda _: under_way)
     assert following._just_made(instance, soon) == set()
     report(instance, [NORMALIZED_BARS.name], [soon.date(), soon.date() - timedelta(days=1)])
     assert following._just_made(instance, soon) == {soon.date()}
     assert following._just_made(instance, now + timedelta(minutes=21)) == set()
-    under_way.date += timedelta(days=1)
+    under_way.begin = soon + timedelta(hours=1)
     assert following._just_made(instance, soon) == set(), "what came last is not held back"
