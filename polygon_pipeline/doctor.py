@@ -36,7 +36,7 @@ from polygon_pipeline.datasets.reference_sources import duration
 from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief, permanent_error
 from polygon_pipeline.lake.probe import ConditionIgnored, probe
 from polygon_pipeline.lake.store import Lake, open_lake
-from polygon_pipeline.market import calendar
+from polygon_pipeline.market import calendar, hours
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished, RequestRefused
@@ -165,8 +165,10 @@ def _calendar(now: datetime) -> Finding:
     today = now.astimezone(NEW_YORK).date()
     found = calendar.session(today)
     upcoming = calendar.current_or_next_session(now)
-    hours = (
-        f"today {_time(found.pre_open)} to {_time(found.post_close)} New York" if found else "no session today"
+    open_hours = (
+        f"today {calendar.clock(found.begin)} to {calendar.clock(found.post_close)} New York"
+        if found
+        else "no session today"
     ) + (f", the next on {upcoming.date:%A %Y-%m-%d}" if upcoming.date != today else "")
     holiday = next((day for day in calendar.closed_weekdays() if day > today), None)
     half_day = next(
@@ -178,12 +180,15 @@ def _calendar(now: datetime) -> Finding:
         None,
     )
     return Finding(
-        Level.OK, "calendar", f"{hours}; next holiday {holiday or 'unknown'}, next half day {half_day or 'unknown'}"
+        Level.OK,
+        "calendar",
+        f"{open_hours}; next holiday {holiday or 'unknown'}, next half day {half_day or 'unknown'}; {_nights()}",
     )
 
 
-def _time(at: datetime) -> str:
-    return f"{at.astimezone(NEW_YORK):%H:%M}"
+def _nights() -> str:
+    first = hours.night_session_from()
+    return f"night session from {first}" if first else f"no night session ({hours.VARIABLE} is not set)"
 
 
 def _key(wanted: Settings) -> Finding:
@@ -206,7 +211,7 @@ def _disk(wanted: Settings) -> Finding:
     free = shutil.disk_usage(folder).free
     bars = backfill_cost.WHOLE_MARKET_BARS
     if not wanted.is_whole_market:
-        bars = min(bars, len(wanted.tickers) * 960)  # the minutes of an extended session
+        bars = min(bars, len(wanted.tickers) * (1_380 if hours.night_session_from() else 960))  # a session's minutes
     bars *= 60 if Channel.SECOND in wanted.channels else 1
     days = max(0, free - MIN_FREE_BYTES) / (bars * _FRAME_BYTES_PER_BAR)
     text = f"{free / 1e9:,.1f} GB free in {folder}: room for {_days(days)} of frames while the lake is away"

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
+from polygon_pipeline.market import hours
 from polygon_pipeline.market.bars import Channel, ticker_error
-from polygon_pipeline.market.calendar import FIRST_SESSION
+from polygon_pipeline.market.calendar import FIRST_SESSION, session
 
 WEBSOCKET_URL = "wss://socket.massive.com/stocks"
 DELAYED_URL = "wss://delayed.massive.com/stocks"
@@ -159,6 +160,7 @@ def load(environment: Mapping[str, str]) -> Settings:
         _require_stocks(websocket_url)
     if rest_url:
         require_private("POLYGON_REST_URL", rest_url, "https", "http", environment)
+    night_session_from(environment)
     return Settings(
         feed="simulated" if simulated else "polygon",
         api_key=_api_key(environment),
@@ -194,6 +196,24 @@ def history_start(environment: Mapping[str, str]) -> date:
     if found is None or found.isoformat() != text or found < FIRST_SESSION:
         raise ConfigurationError(
             f"POLYGON_HISTORY_START is {text!r}; it must be a date, YYYY-MM-DD, from {FIRST_SESSION} on."
+        )
+    return found
+
+
+def night_session_from(environment: Mapping[str, str]) -> date | None:
+    """POLYGON_NIGHT_SESSION_FROM, which market.hours reads by itself. Raises ConfigurationError."""
+    text = environment.get(hours.VARIABLE, "").strip()
+    if not text:
+        return None
+    try:
+        found = date.fromisoformat(text)
+    except ValueError:
+        found = None
+    first = FIRST_SESSION if is_simulated(environment) else hours.EARLIEST_NIGHT
+    if found is None or found.isoformat() != text or found < first or session(found) is None:
+        raise ConfigurationError(
+            f"{hours.VARIABLE} is {text!r}; it must be the first trade date with a night session: a trading day, "
+            f"YYYY-MM-DD, from {first} on. Leave it unset while that day is not announced."
         )
     return found
 

@@ -23,7 +23,7 @@ _NAMED = 20
 
 def polygon_resource(environment: Mapping[str, str]) -> type[PolygonResource]:
     """PolygonResource, with the values in force in its description."""
-    return _showing(PolygonResource, _checked(lambda: _feed(settings.load(demo.with_defaults(environment)))))
+    return _showing(PolygonResource, _checked(lambda: _feed(demo.with_defaults(environment))))
 
 
 def lake_resource(environment: Mapping[str, str]) -> type[LakeResource]:
@@ -31,7 +31,8 @@ def lake_resource(environment: Mapping[str, str]) -> type[LakeResource]:
     return _showing(LakeResource, _checked(lambda: _lake(demo.with_defaults(environment))))
 
 
-def _feed(found: settings.Settings) -> dict[str, str]:
+def _feed(environment: Mapping[str, str]) -> dict[str, str]:
+    found, night = settings.load(environment), settings.night_session_from(environment)
     more = len(found.tickers) - _NAMED
     tickers = ", ".join(found.tickers[:_NAMED]) + (f" and {more} more" if more > 0 else "")
     return {
@@ -44,6 +45,7 @@ def _feed(found: settings.Settings) -> dict[str, str]:
         "flat files' key": "set" if found.flat_files_secret else "not set",
         "tickers": "the whole market" if found.is_whole_market else tickers,
         "channels": ", ".join(found.channels),
+        "night session from": str(night or "not set"),
         "journals": str(found.journal_dir),
     }
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 import dagster as dg
 
 from polygon_pipeline import demo, settings
-from polygon_pipeline.market import calendar
+from polygon_pipeline.market import calendar, hours
 from polygon_pipeline.market.bars import Channel
 
 # Dagster's names for the days of a run.
@@ -58,6 +58,9 @@ class Project:
     def trading_days(self) -> dg.TimeWindowPartitionsDefinition:
         """A partition per trading day: today is one while its session runs, and a weekend's last one is Friday.
 
+        A night session begins on the evening before its day, and Dagster's days begin at midnight: then the next
+        session is a partition a day earlier, of a weekend the Monday.
+
         Only the closures in the span are left out, because Dagster stores the definition many times over. On a holiday
         the next session is a partition already (Dagster issue 33551).
         """
@@ -68,7 +71,7 @@ class Project:
             fmt="%Y-%m-%d",
             cron_schedule="0 0 * * 1-5",
             timezone=str(calendar.NEW_YORK),
-            end_offset=1,
+            end_offset=1 if hours.night_session_from() is None else 2,
             exclusions=[datetime.combine(day, time()) for day in closed],
         )
 

@@ -79,12 +79,14 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
 
     def open(self) -> Lake:
         """Raises LakeError or settings.ConfigurationError for a lake that cannot be as it is configured."""
+        environment = access.environment()
         if self._launcher and not os.environ.get("LAKE_URI"):
             raise settings.ConfigurationError(
                 f"LAKE_URI is not set, and {self._launcher} starts runs on several machines: each would get a lake of "
                 "its own below its working directory. Set it to s3://bucket/prefix, the same on all of them."
             )
-        return open_lake(settings.lake_uri(access.environment()), self._s3_access)
+        settings.night_session_from(environment)  # whatever is made of the lake depends on it
+        return open_lake(settings.lake_uri(environment), self._s3_access)
 
     def _s3_access(self) -> S3Access:
         import boto3
