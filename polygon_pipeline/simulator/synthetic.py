@@ -15,7 +15,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from itertools import pairwise, repeat
 from operator import attrgetter
 from statistics import NormalDist
@@ -104,7 +104,7 @@ class SyntheticMarket:
 
     def _rows_by_minute(self, day: date) -> list[slice]:
         """For each minute of the session, its rows in the day's minute bars."""
-        first_ms, minutes = _session_start_ms(day), _minutes(_session(day))
+        first_ms, minutes = _session_start_ms(day), _session(day).minutes
         starts = first_ms + MINUTE_MS * np.arange(minutes + 1)
         edges = np.searchsorted(self._minute_bars(day).start_ms, starts).tolist()
         return [slice(first, last) for first, last in pairwise(edges)]
@@ -328,13 +328,15 @@ def _profile(ticker: str, seed: int) -> TickerProfile:
 
 def _activity(session: calendar.Session) -> Floats:
     """The number of trades in each minute of the session, relative to a ticker's mean in regular hours."""
-    minute = np.arange(_minutes(session))
-    opens, closes = (int((at - session.pre_open).total_seconds()) // 60 for at in (session.open, session.close))
+    begin = (session.begin - session.pre_open) // timedelta(minutes=1)  # the night is before minute 0
+    minute = np.arange(begin, begin + session.minutes)
+    opens, closes = ((at - session.pre_open) // timedelta(minutes=1) for at in (session.open, session.close))
+    night = 0.002 + 0.01 * np.exp((begin - minute) / 60)
     pre = 0.01 + 0.1 * (minute / opens) ** 2
     regular = 0.7 + 1.5 * (2 * (minute - opens) / (closes - opens) - 1) ** 4
     post = 0.005 + 0.1 * np.exp(-np.maximum(0, minute - closes) / 40)
-    activity = np.select([minute < opens, minute < closes], [pre, regular], post)
-    activity[closes] = 4.0  # the closing auction prints in the minute after the bell
+    activity = np.select([minute < 0, minute < opens, minute < closes], [night, pre, regular], post)
+    activity[closes - begin] = 4.0  # the closing auction prints in the minute after the bell
     return activity
 
 
@@ -345,12 +347,8 @@ def _session(day: date) -> calendar.Session:
     return found
 
 
-def _minutes(session: calendar.Session) -> int:
-    return int((session.post_close - session.pre_open).total_seconds()) // 60
-
-
 def _session_start_ms(day: date) -> int:
-    return _unix_ms(_session(day).pre_open)
+    return _unix_ms(_session(day).begin)
 
 
 def _unix_ms(at: datetime) -> int:
