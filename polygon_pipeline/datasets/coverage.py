@@ -176,7 +176,7 @@ class Coverage(DuckSession):
         self.copy(_COVERAGE, target, {**self._parameters, "day": self._day, "in_real_time": self._in_real_time})
 
     def minute_states(self, tickers: Sequence[str] | None = None) -> pa.Table:
-        """The minutes that write() counts: ticker, minute (0 at the start of pre-market), state, connected, traded.
+        """The minutes that write() counts: ticker, minute (0 at the session's begin), state, connected, traded.
 
         tickers: only these; None for all. Sorted by ticker and minute.
         """
@@ -239,7 +239,7 @@ def _minutes(day: date, connected: Sequence[tuple[int, int]]) -> pa.Table:
     if found is None:
         raise ValueError(f"{day} is not a trading day")
     first, opens, closes, after = (
-        int(moment.timestamp()) * 1000 for moment in (found.pre_open, found.open, found.close, found.post_close)
+        int(moment.timestamp()) * 1000 for moment in (found.begin, found.open, found.close, found.post_close)
     )
     starts = np.arange(first, after, _MINUTE_MS, dtype="int64")
     online = np.zeros(len(starts), dtype=bool)

@@ -32,6 +32,7 @@ from polygon_pipeline.datasets.session import THREADS, UNREADABLE, DuckSession
 from polygon_pipeline.lake import archive
 from polygon_pipeline.market.bars import EARLIEST, LATEST, PRICE_LIMIT, SHARES_LIMIT, Channel
 from polygon_pipeline.market.calendar import day_bounds_ms, session
+from polygon_pipeline.market.hours import filed_by_night_from
 from polygon_pipeline.polygon.messages import Arrival, decode_frame
 from polygon_pipeline.polygon.sql import ARRIVAL_COLUMNS, EVENT_CHANNEL, EVENT_START_MS, EVENTS_TYPE
 
@@ -80,8 +81,13 @@ _ARRIVALS = """
     )
 """
 
-# The part of the day that a start is in; regular_hours() has the parameters.
-SESSION = "CASE WHEN {start_ms} < $open_ms THEN 'pre' WHEN {start_ms} < $close_ms THEN 'regular' ELSE 'post' END"
+# The part of the day that a start is in; parts_of() has the parameters.
+SESSION = """
+    CASE
+        WHEN {start_ms} < $pre_ms THEN 'overnight' WHEN {start_ms} < $open_ms THEN 'pre'
+        WHEN {start_ms} < $close_ms THEN 'regular' ELSE 'post'
+    END
+"""
 
 _NORMALIZED = """
     SELECT
@@ -173,25 +179,25 @@ class Normalization(DuckSession):
 
     def write(self, target: Path) -> Merge:
         """Writes every bar's latest revision or its reference, sorted by ticker and time. Raises NoBars without any."""
-        hours = regular_hours(self._day)
+        parts = parts_of(self._day)
         if self._arrivals is _Arrivals.IN_ARCHIVES and self._archives:
             # Everything in one statement, without a table between: a third less time, and less memory.
             with contextlib.suppress(*UNREADABLE):
-                return self._write(f"({_IN_ARCHIVES})", target, hours, self._archive_parameters(self._archives))
+                return self._write(f"({_IN_ARCHIVES})", target, parts, self._archive_parameters(self._archives))
         self._read_archives()
-        return self._write("arrivals", target, hours, {})
+        return self._write("arrivals", target, parts, {})
 
-    def _write(self, arrivals: str, target: Path, hours: Mapping[str, object], archives: Mapping[str, object]) -> Merge:
-        """hours, archives: the parameters of SESSION and of _IN_ARCHIVES."""
+    def _write(self, arrivals: str, target: Path, parts: Mapping[str, object], archives: Mapping[str, object]) -> Merge:
+        """parts, archives: the parameters of SESSION and of _IN_ARCHIVES."""
         stream = _NORMALIZED.format(arrivals=arrivals, session=SESSION.format(start_ms="start_ms"))
         if self._reference is None:
-            rows, merged = self.copy(stream, target, {**hours, **archives}), Merge()
+            rows, merged = self.copy(stream, target, {**parts, **archives}), Merge()
         else:
-            self.rows(f"CREATE OR REPLACE TEMP TABLE stream AS {stream}", {**hours, **archives})
+            self.rows(f"CREATE OR REPLACE TEMP TABLE stream AS {stream}", {**parts, **archives})
             self._view_reference(self._reference)
             self.rows(merge.PAIRS)
             query = merge.MERGED.format(session=SESSION.format(start_ms="epoch_ms(timestamp)"))
-            rows, merged = self.copy(query, target, hours), merge.count(self)
+            rows, merged = self.copy(query, target, parts), merge.count(self)
         if not rows:
             target.unlink()
             raise NoBars(f"there are no raw bars of {self._day}")
@@ -260,9 +266,12 @@ class Normalization(DuckSession):
         return {"files": [str(file) for file in files], "channel": str(self._channel), **self._bounds}
 
 
-def regular_hours(day: date) -> dict[str, int]:
+def parts_of(day: date) -> dict[str, int]:
     """The parameters of SESSION. Raises NoBars for a day that is no trading day."""
     found = session(day)
     if found is None:
         raise NoBars(f"{day} is not a trading day")
-    return {"open_ms": int(found.open.timestamp()) * 1000, "close_ms": int(found.close.timestamp()) * 1000}
+    moments = {"pre_ms": found.pre_open, "open_ms": found.open, "close_ms": found.close}
+    parts = {name: int(moment.timestamp()) * 1000 for name, moment in moments.items()}
+    # Where dates are New York's, a bar before 04:00 is no bar of a night that belongs to the day.
+    return parts if day >= filed_by_night_from() else parts | {"pre_ms": 0}

@@ -26,8 +26,8 @@ _RULES = {
     ),
     "volume_not_negative": ("Volume is there and not negative.", "NOT coalesce(volume >= 0, false)"),
     "inside_the_session": (
-        "Every bar starts between the opening of pre-market and the end of after hours.",
-        "timestamp < $pre_open OR timestamp >= $post_close",
+        "Every bar starts within the session, from its begin (pre-market, or the night before it) to its end.",
+        "timestamp < $begin OR timestamp >= $post_close",
     ),
 }
 ROW_RULES = {rule: meaning for rule, (meaning, _) in _RULES.items()}
@@ -59,7 +59,7 @@ def check_rows(file: Path, day: date) -> dict[str, Verdict]:
             FROM read_parquet($file)
         )
     """
-    parameters = {"file": str(file), "pre_open": found.pre_open, "post_close": found.post_close}
+    parameters = {"file": str(file), "begin": found.begin, "post_close": found.post_close}
     with DuckSession() as checking:
         [row] = checking.rows(query, parameters)
     half = len(_RULES)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.day_state import DayState
-from polygon_pipeline.datasets.normalize import SESSION, regular_hours
+from polygon_pipeline.datasets.normalize import SESSION, parts_of
 from polygon_pipeline.datasets.session import DuckSession
 
 _FIVE_MINUTES_US = 300_000_000
@@ -78,6 +78,7 @@ _DAILY = f"""
         arg_max(close, first_bar) {_REGULAR} AS close,
         {_SHARES_OF.format(part="regular")} AS volume,
         {_VWAP.format(where=_REGULAR)} AS vwap,
+        {_SHARES_OF.format(part="overnight")} AS overnight_volume,
         {_SHARES_OF.format(part="pre")} AS pre_market_volume,
         {_SHARES_OF.format(part="post")} AS after_hours_volume,
         CAST(coalesce(sum(bar_count) {_REGULAR}, 0) AS BIGINT) AS bar_count,
@@ -108,7 +109,7 @@ class Resampling(DuckSession):
         super().__init__(space)
         self._daily = {"day": day, "day_state": str(day_state)}
         self.view("normalized", normalized)
-        self.rows(_BUCKETS, regular_hours(day))
+        self.rows(_BUCKETS, parts_of(day))
 
     def write(self, dataset: Dataset, target: Path) -> None:
         """Writes a resampled dataset or the daily bars, sorted by ticker and time."""

@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import RESAMPLED, find
 from polygon_pipeline.datasets.resample import Resampling
-from polygon_pipeline_tests.support.bars import DAY, HALF_DAY, NOON, Row, at, moment, normalized_row
+from polygon_pipeline.market.calendar import session
+from polygon_pipeline_tests.support.bars import DAY, HALF_DAY, NIGHT_DAY, NOON, Row, at, moment, normalized_row
 from polygon_pipeline_tests.support.day_files import columns, read, schema
+
+PARTS = ("overnight", "pre", "regular", "post")
 
 
 def table(rows: Iterable[Row]) -> pa.Table:
@@ -30,9 +33,11 @@ def table(rows: Iterable[Row]) -> pa.Table:
 def random_bars(seed: int, day: date = DAY) -> list[Row]:
     """Bars of three tickers over a whole session, some minutes silent, some VWAPs missing, fractional volumes."""
     choice = random.Random(seed)
+    found = session(day)
+    assert found
     rows = []
     for ticker, share in (("AAA", 0.9), ("BBB", 0.1), ("CCC", 0.01)):
-        for minute in range(960):
+        for minute in range(found.minutes):
             if choice.random() > share:
                 continue
             low = round(choice.uniform(5, 500), 4)
@@ -40,7 +45,7 @@ def random_bars(seed: int, day: date = DAY) -> list[Row]:
             rows.append(
                 normalized_row(
                     ticker,
-                    at(4, 0, day) + 60_000 * minute,
+                    int(found.begin.timestamp() * 1000) + 60_000 * minute,
                     low=low,
                     high=high,
                     open=round(choice.uniform(low, high), 4),
@@ -126,13 +131,14 @@ def day_row(folder: Path, day: date, source: pa.Table | Path) -> list[Row]:
     return read(target)
 
 
-@pytest.mark.parametrize("day", [DAY, HALF_DAY])
-def test_daily_bars_equal_those_of_plain_python(tmp_path: Path, day: date) -> None:
+@pytest.mark.parametrize("day", [DAY, HALF_DAY, NIGHT_DAY])
+def test_daily_bars_equal_those_of_plain_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, day: date) -> None:
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", NIGHT_DAY.isoformat())
     rows = random_bars(seed=7, day=day)
     expected = []
     for ticker in ("AAA", "BBB", "CCC"):
         bars = [row for row in rows if row["ticker"] == ticker]
-        parts = {part: [row for row in bars if row["session"] == part] for part in ("pre", "regular", "post")}
+        parts = {part: [row for row in bars if row["session"] == part] for part in PARTS}
         regular = parts["regular"]
         assert regular
         expected.append(
@@ -140,6 +146,7 @@ def test_daily_bars_equal_those_of_plain_python(tmp_path: Path, day: date) -> No
                 "ticker": ticker,
                 "date": day,
                 **bar_of(regular),
+                "overnight_volume": summed(parts["overnight"]),
                 "pre_market_volume": summed(parts["pre"]),
                 "after_hours_volume": summed(parts["post"]),
                 "first_bar": regular[0]["timestamp"],

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from polygon_pipeline.lake import archive
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.market.calendar import NEW_YORK, session
+from polygon_pipeline.market.calendar import NEW_YORK, session, trade_date
 
 DAY = date(2026, 1, 26)  # a Monday in winter: 18:30 UTC is 13:30 in New York
 HALF_DAY = date(2026, 11, 27)
+NIGHT_DAY = date(2026, 12, 8)  # a Tuesday whose night, if there is one, is Monday's
 ARRIVAL = datetime(2026, 1, 26, 18, 31, 0, 123456, tzinfo=UTC)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -143,8 +144,11 @@ def reference_row(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -
 def normalized_row(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -> Row:
     """A row of normalized_bars, in the right part of the day. fields: what differs, and columns it leaves out."""
     start = moment(start_ms)
-    found = session(start.astimezone(NEW_YORK).date())
+    found = session(trade_date(start_ms))
     assert found
+    parts = {"overnight": found.pre_open, "pre": found.open, "regular": found.close}
+    if not found.night_open:
+        del parts["overnight"]
     return {
         "ticker": ticker,
         "timestamp": start,
@@ -154,7 +158,7 @@ def normalized_row(ticker: str = "SPY", start_ms: int = NOON, **fields: object) 
         "close": 11.0,
         "volume": 100.0,
         "vwap": 10.5,
-        "session": "pre" if start < found.open else "regular" if start < found.close else "post",
+        "session": next((part for part, end in parts.items() if start < end), "post"),
         "revisions": 1,
         "source": "websocket",
         **fields,

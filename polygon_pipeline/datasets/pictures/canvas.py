@@ -33,6 +33,7 @@ PAPER, INK, FAINT_INK, GRID, FAINT_GRID = (
 UP, DOWN, VOLUME = (33, 140, 116), (200, 60, 60), (150, 175, 205)
 GAP = (255, 212, 190)
 OUTSIDE = (246, 247, 249)  # behind pre-market and after hours
+NIGHT = (234, 236, 242)
 
 TITLE, TEXT, SMALL = 17, 13, 12
 _LEAST_GAP = 3
@@ -109,23 +110,25 @@ class DayAxis:
 
     @property
     def begin_ms(self) -> int:
-        return int(self.day.pre_open.timestamp()) * 1000
+        return int(self.day.begin.timestamp()) * 1000
 
     @property
     def minutes(self) -> int:
-        return (self.day.post_close - self.day.pre_open) // _MINUTE
+        return self.day.minutes
 
     def at(self, minute: float) -> float:
-        """minute: of the session, from 0 at the start of pre-market."""
+        """minute: of the session, from 0 at its begin."""
         return self.left + minute * self.width / self.minutes
 
     def place(self, moment: datetime) -> float:
-        return self.at((moment - self.day.pre_open) / _MINUTE)
+        return self.at((moment - self.day.begin) / _MINUTE)
 
     def background(self, canvas: Canvas, top: float, bottom: float, gaps: Sequence[Span]) -> None:
-        """Pre-market and after hours in a shade, gaps in another, the hours as lines."""
+        """The night, and pre-market with after hours, in a shade each, gaps in another, the hours as lines."""
         right = self.left + self.width
         canvas.box(self.left, top, self.place(self.day.open) - 1, bottom, OUTSIDE)
+        if self.day.night_open:
+            canvas.box(self.left, top, self.place(self.day.pre_open) - 1, bottom, NIGHT)
         canvas.box(self.place(self.day.close), top, right, bottom, OUTSIDE)
         for begin, end in self.gap_places(gaps):
             canvas.box(begin, top, end, bottom, GAP)
@@ -151,9 +154,9 @@ class DayAxis:
 
     def hours(self, canvas: Canvas, top: float, every: int = 1) -> None:
         """The hours' labels. top: their upper edge. every: so many hours apart."""
-        first = self.day.pre_open.astimezone(NEW_YORK).hour
+        first = self.day.begin.astimezone(NEW_YORK).hour
         for hour in range(0, self.minutes // 60 + 1, every):
-            canvas.text(self.at(60 * hour), top, f"{first + hour:02d}:00", SMALL, "ma", FAINT_INK)
+            canvas.text(self.at(60 * hour), top, f"{(first + hour) % 24:02d}:00", SMALL, "ma", FAINT_INK)
 
 
 def short(number: float) -> str:

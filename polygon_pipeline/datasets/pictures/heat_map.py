@@ -60,6 +60,7 @@ _GROUPS: dict[str, Iterable[State]] = {
     "From the vendor's history: no collector was at work": (State.FROM_HISTORY,),
     "As it was collected": tuple(State),
 }
+_MOST_COLUMNS = 960
 _LEFT, _TOP, _ROW, _BAND, _HEADING, _BOTTOM = 88, 82, 28, 22, 24, 24
 
 
@@ -68,13 +69,16 @@ def heat_map(
 ) -> bytes:
     """A PNG with one row per ticker, in groups and else in the order given, and one column per minute of the session.
 
+    A session with a night is wider than the UI: there a column is two minutes, and shows the worse of them.
+
     states: of coverage.minute_states, with these tickers among its own. market: of coverage.market_states. gaps: first
     and last minute of each. Raises ValueError for more than MOST_TICKERS or for a day that is no trading day.
     """
     if len(tickers) > MOST_TICKERS:
         raise ValueError(f"{len(tickers)} tickers: {MOST_TICKERS} or fewer can be drawn")
     axis = DayAxis.of(day, _LEFT, 0)
-    axis = DayAxis.of(day, _LEFT, axis.minutes)
+    minutes_a_column = 1 if axis.minutes <= _MOST_COLUMNS else 2
+    axis = DayAxis.of(day, _LEFT, axis.minutes // minutes_a_column)
     rows: dict[str, dict[int, State]] = {ticker: {} for ticker in tickers}
     for ticker, minute, state in zip(*(states.column(name).to_pylist() for name in _COLUMNS), strict=True):
         if ticker in rows:
@@ -94,7 +98,7 @@ def heat_map(
         for name, minutes in found.items():
             canvas.text(_LEFT - 6, top + 4, name[:11], TEXT, "ra")
             colours = [colour for _, colour in _STATES.values()]
-            canvas.paste(_cells(minutes, axis.minutes), _LEFT, top + 2, colours)
+            canvas.paste(_cells(minutes, axis.width, minutes_a_column), _LEFT, top + 2, colours)
             top += _ROW
     for moment in (axis.day.open, axis.day.close):
         canvas.line([(axis.place(moment), _TOP), (axis.place(moment), bottom)], GRID)
@@ -134,7 +138,7 @@ def _most(market: Iterable[tuple[int, str, int]]) -> int:
     return max(totals.values(), default=0)
 
 
-def _cells(minutes: Mapping[int, State], width: int) -> Cells:
+def _cells(minutes: Mapping[int, State], width: int, minutes_a_column: int) -> Cells:
     """A row's pixels. What was lost is three wide at least, at the cost of its neighbours."""
     import numpy as np
 
@@ -142,7 +146,8 @@ def _cells(minutes: Mapping[int, State], width: int) -> Cells:
     for state in reversed(_STATES):
         wider = 1 if state in _WIDENED else 0
         for minute in (minute for minute, found in minutes.items() if found is state):
-            row[max(0, minute - wider) : minute + wider + 1] = _STATES[state][1]
+            column = minute // minutes_a_column
+            row[max(0, column - wider) : column + wider + 1] = _STATES[state][1]
     return np.repeat(row[np.newaxis], _BAND, axis=0)
 
 
