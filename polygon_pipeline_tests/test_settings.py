@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,22 @@ def test_the_vendors_feeds_of_other_markets_are_refused(path: str) -> None:
 
 def test_white_space_around_a_key_is_removed() -> None:
     assert load(REAL | {"POLYGON_API_KEY": f" {KEY}\n"}).api_key == KEY
+
+
+@pytest.mark.parametrize("value", ["soon", "2026-11-30", "20261207", "2026-12-06", "2026-12-25", "2030-13-01"])
+def test_the_first_night_is_a_trading_day_that_can_have_one(value: str) -> None:
+    assert "POLYGON_NIGHT_SESSION_FROM is" in refused(POLYGON_NIGHT_SESSION_FROM=value)
+
+
+def test_the_first_night_may_be_unset_and_a_simulated_feed_may_have_it_on_any_past_day() -> None:
+    def found(environment: dict[str, str]) -> date | None:
+        load(environment)
+        return settings.night_session_from(environment)
+
+    assert found(REAL) is None
+    assert found(REAL | {"POLYGON_NIGHT_SESSION_FROM": " "}) is None
+    assert found(REAL | {"POLYGON_NIGHT_SESSION_FROM": "2026-12-07"}) == date(2026, 12, 7)
+    assert found(SIMULATED | {"POLYGON_NIGHT_SESSION_FROM": "2026-11-20"}) == date(2026, 11, 20)
 
 
 def test_the_key_is_not_shown() -> None:

@@ -108,6 +108,13 @@ def test_a_collector_that_renews_its_lease_and_publishes_is_well() -> None:
     assert _keys(_lease(connected=True, unpublished_seconds=60)) == []
 
 
+def test_nobody_at_work_is_a_cause_at_night_where_the_market_trades_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    evening = datetime(2026, 12, 7, 3, tzinfo=UTC)  # Sunday, 22:00
+    assert _keys(_lease(released=True), now=evening) == []
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", "2026-12-07")
+    assert _keys(_lease(released=True), now=evening) == ["collector:none"]
+
+
 def test_a_lease_that_is_not_renewed_and_not_given_up_is_a_dead_collectors_at_any_time() -> None:
     for now in (NOW, NIGHT):
         assert _keys(_lease(), DEAD_AFTER + FRESH, now=now) == ["collector:dead"]

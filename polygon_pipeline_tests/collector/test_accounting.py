@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
-from polygon_pipeline.collector.accounting import archived, count_event, count_frame, make_ledger
+import pytest
+
+from polygon_pipeline.collector.accounting import archived, count_event, count_frame, count_outside_hours, make_ledger
 from polygon_pipeline.lake.archive import ArchivedEvent
 from polygon_pipeline.lake.ledger import Account, Connection
 from polygon_pipeline.polygon.messages import decode_frame
 from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
-from polygon_pipeline_tests.support.bars import DAY, NOON, aggregate
+from polygon_pipeline_tests.support.bars import DAY, NOON, aggregate, at
 from polygon_pipeline_tests.support.events import encode
 from polygon_pipeline_tests.support.journals import journal_header
 
@@ -40,6 +42,21 @@ def test_every_event_of_a_frame_is_counted_under_its_kind() -> None:
     assert account.last_received_at == arrival
     [connection] = account.connections
     assert (connection.first_bar_ms, connection.last_bar_ms) == (NOON, NOON - 60_000)
+
+
+def test_bars_outside_the_hours_of_their_trade_date_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = [at(3, 59), at(4, 0), NOON, at(19, 59), at(20, 0), at(21, 30), at(21, 30, date(2026, 1, 25))]
+    saturday = at(12, 0, date(2026, 1, 24))
+    frame = decode_frame(encode([aggregate("SPY", start) for start in [*starts, saturday]]), _at("23:00:00"))
+
+    def counted() -> int:
+        account = Account()
+        count_outside_hours(account, frame.aggregates)
+        return account.outside_hours
+
+    assert counted() == 5
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", DAY.isoformat())
+    assert counted() == 2, "in the pause, and on a Saturday"
 
 
 def test_a_connection_lasts_from_its_subscription_to_its_end_and_keeps_the_cause() -> None:

@@ -19,8 +19,9 @@ from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.polygon.stream import Backoff
 from polygon_pipeline.simulator.exchange import Exchange
+from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline_tests.support.archives import archived_lines
-from polygon_pipeline_tests.support.bars import DAY, NOON, plain_bar
+from polygon_pipeline_tests.support.bars import DAY, NOON, at, plain_bar
 from polygon_pipeline_tests.support.collecting import plan
 from polygon_pipeline_tests.support.day_files import read
 from polygon_pipeline_tests.support.feeds import event
@@ -101,6 +102,18 @@ def test_what_a_lost_run_left_is_reported_once_it_is_on_the_lake(tmp_path: Path,
     recovered, own = progress
     assert (recovered.account.bars, recovered.dates) == (2, frozenset({DAY}))
     assert (own.account.bars, own.dates) == (0, frozenset())
+
+
+def test_bars_outside_the_hours_are_kept_and_a_warning_says_so(
+    tmp_path: Path, file_lake: Lake, caplog: pytest.LogCaptureFixture
+) -> None:
+    feed = [Event(at(21, 31), Channel.MINUTE, "SPY", json.dumps(plain_bar("SPY", at(21, 30), 1)).encode())]
+    with Exchange(feed, speed=0) as exchange, caplog.at_level(logging.WARNING):
+        wanted = plan(exchange.url, tmp_path / "journal")
+        Collector(file_lake, wanted, _LOG).run(lambda: "sent" if exchange.finished.is_set() else None, lambda _: None)
+    assert file_lake.keys("raw-data") == [layout.raw_key(Channel.MINUTE, DAY, "SPY", at(21, 30))]
+    assert "1 bars start outside the hours of trading" in caplog.text
+    assert "set POLYGON_NIGHT_SESSION_FROM" in caplog.text
 
 
 def test_a_run_whose_last_records_cannot_be_synced_does_not_end_as_a_success(

@@ -130,6 +130,27 @@ def test_a_week_over_rest_is_one_request_per_ticker_and_equals_the_vendors_histo
         assert bars_of(reference(lake, day, tmp_path)) == truth(day)
 
 
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_the_history_of_a_night_is_fetched_from_the_evening_before_on(
+    is_flat: bool, file_lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", WEEK[1].isoformat())
+    market = SyntheticMarket(TICKERS)
+    flat_files = local_lake(tmp_path / "flat") if is_flat else None
+    if flat_files:
+        for day in WEEK[:2]:
+            publish(flat_files.store, day, flat_file(market.day_bars(day)))
+    with vendor(tmp_path, market.day_bars) as vendor_:
+        fetched(file_lake, WEEK[:2], vendor_.sources(flat_files=flat_files), tmp_path)
+        assert len(vendor_.asked) == (0 if is_flat else len(TICKERS))
+    for day in WEEK[:2]:
+        found, expected = bars_of(reference(file_lake, day, tmp_path)), truth(day, market.day_bars)
+        assert found.keys() == expected.keys()
+        assert all(found[bar][:5] == values[:5] for bar, values in expected.items())
+    first = min(start_ms for _, start_ms in expected)
+    assert at(21, 0, WEEK[0]) <= first < at(22, 0, WEEK[0])
+
+
 def test_a_second_fetch_changes_no_file(file_lake: Lake, tmp_path: Path) -> None:
     with vendor(tmp_path) as vendor_:
         fetched(file_lake, WEEK, vendor_.sources(), tmp_path)

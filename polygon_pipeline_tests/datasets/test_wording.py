@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 
 from polygon_pipeline.datasets import wording
@@ -43,6 +45,8 @@ def test_times_are_new_yorks_and_say_so() -> None:
     assert wording.date_and_clock(moment(at(19, 59))) == "2026-01-26 19:59 New York", "the next day in UTC"
     assert wording.span(moment(at(10, 15)), moment(at(10, 22))) == "10:15 to 10:22"
     assert wording.span(moment(at(10, 15)), moment(at(10, 15))) == "10:15"
+    night = [moment(at(*clock, day)) for clock, day in (((21, 30), date(2026, 12, 6)), ((1, 15), date(2026, 12, 7)))]
+    assert wording.span(*night) == "Sun 21:30 to 01:15"
 
 
 def test_a_change_has_a_sign() -> None:

@@ -32,6 +32,7 @@ def test_a_page_shows_what_is_in_force_and_whether_keys_are_set() -> None:
     assert "- feed: polygon\n- key: set\n" in feed
     assert "- tickers: SPY\\, BRK.B\n" in feed
     assert "- flat files' key: set\n" in feed
+    assert "- night session from: not set\n" in feed
     assert "- lake: s3\\:\\/\\/bucket\\/prefix\n" in lake
     assert "- region: eu-north-1\n" in lake
     assert "- access key: set\n" in lake

@@ -34,6 +34,28 @@ def test_the_last_partition_is_a_session_that_has_begun_or_after_a_holiday_the_n
         assert last.weekday() == 4 or not trading_days(last, today)
 
 
+@pytest.mark.parametrize(
+    ("local", "last", "without_nights"),
+    [
+        ((2026, 12, 6, 21, 0), "2026-12-07", "2026-12-04"),  # Sunday
+        ((2026, 12, 7, 21, 0), "2026-12-08", "2026-12-07"),
+        ((2026, 12, 11, 19, 0), "2026-12-14", "2026-12-11"),
+        ((2026, 12, 27, 21, 0), "2026-12-29", "2026-12-28"),  # after Christmas, a Friday: one more than needed, 33551
+    ],
+)
+def test_where_there_are_nights_a_sessions_partition_is_there_on_the_evening_before(
+    monkeypatch: pytest.MonkeyPatch, local: tuple[int, int, int, int, int], last: str, without_nights: str
+) -> None:
+    now = datetime(*local, tzinfo=NEW_YORK)
+    keys = Project(date(2026, 11, 2)).trading_days.get_partition_keys(now)
+    assert keys[-1] == without_nights
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", "2026-12-07")
+    project = Project(date(2026, 11, 2))
+    keys = project.trading_days.get_partition_keys(now)
+    assert keys[-1] == last
+    assert all(project.is_partition(date.fromisoformat(key)) for key in keys)
+
+
 def test_partitions_begin_where_the_environment_says() -> None:
     assert Project.from_environment(LIVE).history_start == date(2024, 12, 2)
     project = Project.from_environment(LIVE | {"POLYGON_HISTORY_START": "2020-03-09"})

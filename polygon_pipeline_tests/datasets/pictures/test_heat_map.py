@@ -48,6 +48,21 @@ def test_the_picture_has_one_pixel_per_minute_and_one_colour_per_state(tmp_path:
     assert len({*spy[1:9]}) == len({*spy[66:]} - {(105, 105, 105)}) == 1, "but for the lines of the regular hours"
 
 
+def test_a_session_with_a_night_has_two_minutes_a_pixel_and_shows_the_worse_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", DAY.isoformat())
+    bars = spread(collected=[*range(0, 20), 40, 42], repaired=[41])
+    day = PlannedDay(tmp_path, bars, [("SPY", minute) for minute in (*range(0, 20), 40, 41, 42)])
+    picture = draw(day, ["SPY"])
+    assert picture.width == 88 + 690 + 20
+    spy = row(picture, 2, 2)
+    night = 7 * 60 // 2  # the planned minutes begin at 04:00
+    assert len(set(spy[: night - 1])) == 1, "no bar at night, and no history that says more"
+    assert len(set(spy[night + 1 : night + 9])) == 1
+    assert spy[night + 20] != spy[night + 5], "repaired"
+
+
 def test_tickers_are_in_groups_the_worst_first(tmp_path: Path) -> None:
     bars: dict[Minute, str] = {("GOOD", 0): "collected", ("MENDED", 0): "repaired", ("BAD", 9): "collected"}
     day = PlannedDay(tmp_path, bars, [("GOOD", 0), ("MENDED", 0), ("BAD", 0)])

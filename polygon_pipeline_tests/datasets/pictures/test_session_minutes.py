@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from polygon_pipeline.datasets.pictures import session_minutes
-from polygon_pipeline.datasets.pictures.canvas import GAP, Span
+from polygon_pipeline.datasets.pictures.canvas import GAP, NIGHT, Span
 from polygon_pipeline_tests.support.bars import DAY, Row, at, moment, normalized_row
 from polygon_pipeline_tests.support.day_files import dataset_file
 
@@ -42,6 +43,18 @@ def test_a_minute_with_twice_the_bars_is_twice_as_high(tmp_path: Path) -> None:
     assert height(picture, 10) == 189
     assert abs(height(picture, 20) - 95) <= 1
     assert height(picture, 30) == 0
+
+
+def test_a_session_with_a_night_begins_on_the_evening_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", DAY.isoformat())
+    gap = (moment(at(23, 0, date(2026, 1, 25))), moment(at(23, 59, date(2026, 1, 25))))
+    picture = draw(tmp_path, [bar("SPY", 10 - 420)], [gap])
+    minute = 960 / 1380  # in pixels
+    assert picture.getpixel((LEFT + round(10 * minute), TOP + 100)) == (74, 128, 189), "a bar"
+    begin, end = (LEFT + round(minutes * minute) for minutes in (120, 180))
+    assert {picture.getpixel((x, TOP + 50)) for x in range(begin + 2, end - 2)} == {GAP}
+    assert GAP not in {picture.getpixel((x, TOP + 50)) for x in range(end + 2, LEFT + 960)}
+    assert picture.getpixel((end + 20, TOP + 50)) == NIGHT
 
 
 def test_bars_of_the_history_have_another_colour(tmp_path: Path) -> None:
