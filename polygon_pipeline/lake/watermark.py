@@ -83,7 +83,7 @@ def _covered(
                 continue
             # The feed starts when the run subscribes; later connections begin in the middle of a minute.
             is_first = number == 0 and found is not None
-            first = found.pre_open if found and is_first else _minute(_moment(connection.first_bar_ms)) + _MINUTE
+            first = found.begin if found and is_first else _minute(_moment(connection.first_bar_ms)) + _MINUTE
             until = _moment(connection.last_bar_ms) + _shortest_window(account)
         else:
             first = _minute(connection.since) + (_MINUTE if channel is Channel.SECOND else timedelta())
