@@ -173,7 +173,7 @@ class RestHistory:
         self, url: str, key: str, limit: RateLimit, *, tries: int = _TRIES, backoff: wait_base = _BACKOFF
     ) -> None:
         if not (key.isascii() and key.isprintable()):  # the HTTP library's error would show it
-            raise HistoryRefused("POLYGON_API_KEY has characters that no key has.")
+            raise HistoryRefused("POLYGON_API_KEY (or MASSIVE_API_KEY) has characters that no key has.")
         self._url = url.rstrip("/")
         self._key = key
         self._limit = limit
@@ -251,20 +251,42 @@ class RestHistory:
         if error := ticker_error(ticker):
             raise ValueError(f"{ticker!r} cannot be asked for: {error}")
         path = f"/v2/aggs/ticker/{quote(ticker, safe='')}/range/1/minute/{first}/{last}"
-        url: str | None = f"{self._url}{path}?adjusted=false&sort=asc&limit={_PAGE_LIMIT}"
+        query = f"adjusted=false&sort=asc&limit={_PAGE_LIMIT}"
+        for fetched_at, bars, refused, is_last in self._answers(f"{path}?{query}", _sound_bars, stop):
+            yield Page(ticker, fetched_at, bars, is_last, refused)
+
+    def answers(
+        self, path: str, decode: Callable[[bytes], tuple[T, list[str]]]
+    ) -> Iterator[tuple[datetime, T, tuple[str, ...]]]:
+        """What is at a path and on the pages that follow it: when each was asked for, what it says, and what was left
+        out of it and why.
+
+        path: with its query, as the vendor documents it. decode: takes the JSON of the results, an empty list where
+        there are none, and gives the last two; what it raises as msgspec does is told as an answer that cannot be read.
+        """
+        for fetched_at, results, refused, _ in self._answers(path, decode, threading.Event()):
+            yield fetched_at, results, refused
+
+    def _answers(
+        self, path: str, decode: Callable[[bytes], tuple[T, list[str]]], stop: threading.Event
+    ) -> Iterator[tuple[datetime, T, tuple[str, ...], bool]]:
+        """As answers(), with whether no page follows."""
+        first = f"{self._url}{path}"
+        url: str | None = first
+        name = first.partition("?")[0]
         asked: set[str] = set()
         while url:
             asked.add(url)
-            fetched_at, answer, (bars, refused) = self._ask(url, _sound_bars, stop)
+            fetched_at, answer, (results, refused) = self._ask(url, decode, stop)
             url = answer.next_url
             if url and not url.lower().startswith(_origin(self._url)):
                 raise HistoryRefused(
-                    f"{self._url}{path} goes on at {self._safe(_origin(url))}, which the API key is not sent to. "
+                    f"{name} goes on at {self._safe(_origin(url))}, which the API key is not sent to. "
                     "If that is the vendor's, set POLYGON_REST_URL to it."
                 )
             if url in asked:
-                raise HistoryUnavailable(f"{self._url}{path} goes on with a page that it gave before, without end.")
-            yield Page(ticker, fetched_at, bars, is_last=not url, refused=tuple(self._safe(why) for why in refused))
+                raise HistoryUnavailable(f"{name} goes on with a page that it gave before, without end.")
+            yield fetched_at, results, tuple(map(self._safe, refused)), not url
 
     def _ask(self, url: str, decode: Callable[[bytes], T], stop: threading.Event) -> tuple[datetime, _Answer, T]:
         """When an answer was asked for, the answer, and its results, decoded."""
@@ -312,7 +334,9 @@ class RestHistory:
         reason = self._reason(body)
         match response.status:
             case 401:
-                raise HistoryRefused(f"{name} refused the API key ({reason}). Set POLYGON_API_KEY to a valid one.")
+                raise HistoryRefused(
+                    f"{name} refused the API key ({reason}). Set POLYGON_API_KEY (or MASSIVE_API_KEY) to a valid one."
+                )
             case 403:
                 raise RequestRefused(
                     f"{name} is not in the plan ({reason}). Plans differ in how far back they reach and whether today "
