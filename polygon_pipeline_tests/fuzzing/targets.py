@@ -25,7 +25,9 @@ import msgspec
 import urllib3
 
 from polygon_pipeline import settings
+from polygon_pipeline.datasets.catalog import LISTINGS
 from polygon_pipeline.datasets.inputs import arrival
+from polygon_pipeline.datasets.listings import fetch_listing
 from polygon_pipeline.datasets.normalize import NoBars, Normalization
 from polygon_pipeline.datasets.reference import Pages, UnreadableReference, from_flat_file, page_line
 from polygon_pipeline.lake import archive
@@ -219,6 +221,36 @@ def _pages(content: bytes, folder: Path) -> bool:
     return accepted
 
 
+_LISTS = [
+    json.dumps({"status": "OK", "results": results}).encode()
+    for results in (
+        [
+            {"ticker": "AAPL", "execution_date": "2020-08-31", "split_from": 1, "split_to": 4, "id": "E1"},
+            {"ticker": "RYCEF", "execution_date": "2020-10-27", "historical_adjustment_factor": 0},
+        ],
+        [{"ticker": "AAPL", "ex_dividend_date": "2025-08-11", "cash_amount": 0.26, "frequency": 4, "pay_date": ""}],
+        [{"ticker": "OLD", "active": False, "delisted_utc": "2020-03-02T05:00:00Z", "cik": ""}],
+        {"cik": "1", "events": [{"ticker_change": {"ticker": "FB"}, "type": "ticker_change", "date": "2012-05-18"}]},
+    )
+]
+
+
+def _lists(content: bytes, folder: Path) -> bool:
+    """Answers with splits, dividends, tickers and renames: whatever is accepted can be stored."""
+    history = RestHistory("http://127.0.0.1:1", "a-secret-key", RateLimit.per_minute(folder / "limit", 10**9))
+    accepted = False
+    for listing in LISTINGS:
+
+        def answer(*_: object, **__: object) -> urllib3.HTTPResponse:
+            return urllib3.HTTPResponse(io.BytesIO(content), status=200, preload_content=False)
+
+        with mock.patch.object(urllib3.PoolManager, "request", answer), contextlib.suppress(*_HISTORY_ERRORS):
+            fetched = fetch_listing(listing, history, ["SPY"], DAY, DAY)
+            assert fetched.table.schema.equals(listing.schema())
+            accepted |= fetched.table.num_rows > 0
+    return accepted
+
+
 _PAGE_FILES = [
     page_line(Page("SPY", later(90_000), json.dumps([rest_bar(NOON), rest_bar(NOON + 60_000)]).encode(), True))
     + page_line(Page("BRK.B", later(90_001), b"[]", True)),
@@ -319,6 +351,7 @@ TARGETS = {
         Target("archives", _ARCHIVES, _archives, zstd),
         Target("days", _ARCHIVES, _days, zstd),
         Target("pages", _PAGES, _pages),
+        Target("lists", _LISTS, _lists),
         Target("page_files", _PAGE_FILES, _page_files, zstd),
         Target("flat_files", [_FLAT_FILE], _flat_files, gzip.compress),
         Target("settings", _ENVIRONMENTS, _settings),
