@@ -14,6 +14,7 @@ from polygon_pipeline.datasets.catalog import FOLLOWING, REFERENCE_BARS
 from polygon_pipeline.defs import following, in_force
 from polygon_pipeline.defs.assets import dataset_assets
 from polygon_pipeline.defs.io_manager import ParquetIOManager
+from polygon_pipeline.defs.listings import listing_assets
 from polygon_pipeline.defs.partitions import Project
 
 # What is used of Dagster's betas and previews is held by the pins of its version. Ignored for good and not while this
@@ -35,7 +36,7 @@ def build_defs(project: Project | None = None, resources: Mapping[str, object] |
     return dg.Definitions.merge(
         dg.load_definitions_from_package_module(project_defs),
         dg.Definitions(
-            assets=dataset_assets(project),
+            assets=[*dataset_assets(project), *listing_assets(project)],
             jobs=_jobs(project),
             resources={"parquet": ParquetIOManager(lake=chosen["lake"]), **chosen},
             # A step in a process of its own would import everything again, some 2 s each.

@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 
 from polygon_pipeline import defs as project_defs
-from polygon_pipeline.datasets.catalog import DATASETS
+from polygon_pipeline.datasets.catalog import DATASETS, LISTINGS
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs.partitions import Project
 from polygon_pipeline.defs.sensors import lost_runs_sensor
@@ -20,7 +20,7 @@ from polygon_pipeline.market.bars import Channel
 def test_the_public_names_exist() -> None:
     repository = build_defs(Project(channels=tuple(Channel))).get_repository_def()
     names = {key.to_user_string() for key in repository.asset_graph.get_all_asset_keys()}
-    assert names >= {dataset.name for dataset in DATASETS}
+    assert names >= {dataset.name for dataset in (*DATASETS, *LISTINGS)}
     job = repository.get_job("collect_aggregates")
     assert [node.definition.name for node in job.nodes] == ["collect_aggregates"]
     assert repository.has_sensor_def("market_session_sensor")

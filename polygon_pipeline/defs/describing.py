@@ -16,11 +16,13 @@ from polygon_pipeline.datasets.catalog import (
     BAR_COVERAGE,
     DAILY_BARS,
     DERIVED,
+    LISTINGS,
     NORMALIZED,
     RAW,
     REFERENCE_BARS,
     SESSION_REPORT,
     Dataset,
+    Listing,
 )
 
 # One group, because the UI opens one alone unfolded.
@@ -38,17 +40,18 @@ _LATE, _TOO_LATE = timedelta(days=4), timedelta(days=5)
 _DAILY = (DAILY_BARS, BAR_COVERAGE, SESSION_REPORT)
 
 _PACKAGE = Path(polygon_pipeline.__file__).parent
-_MODULES = {
+_MODULES: dict[Dataset | Listing, str] = {
     **dict.fromkeys(RAW.values(), "defs/collect.py"),
     **dict.fromkeys(NORMALIZED.values(), "datasets/normalize.py"),
     **dict.fromkeys(DERIVED, "datasets/resample.py"),
     REFERENCE_BARS: "datasets/reference.py",
     BAR_COVERAGE: "datasets/coverage.py",
     SESSION_REPORT: "datasets/report.py",
+    **dict.fromkeys(LISTINGS, "datasets/listings.py"),
 }
 
 
-def describing(dataset: Dataset, is_simulated: bool = False) -> dict[str, Any]:
+def describing(dataset: Dataset | Listing, is_simulated: bool = False) -> dict[str, Any]:
     """Arguments of the dataset's asset. is_simulated: whether days end with the demo, and nothing is to be fresh."""
     policy = None
     if dataset in _DAILY and not is_simulated:
@@ -57,19 +60,19 @@ def describing(dataset: Dataset, is_simulated: bool = False) -> dict[str, Any]:
         "description": dataset.description,
         "group_name": GROUP,
         "owners": [OWNER],
-        "tags": {CHANNEL_TAG: str(dataset.channel)},
+        "tags": {CHANNEL_TAG: str(dataset.channel)} if isinstance(dataset, Dataset) else {},
         "metadata": {**_columns(dataset), "dagster/code_references": _source(dataset)},
         "freshness_policy": policy,
     }
 
 
-def _columns(dataset: Dataset) -> dict[str, dg.TableSchema]:
+def _columns(dataset: Dataset | Listing) -> dict[str, dg.TableSchema]:
     """A dataset's columns, as metadata of the asset: in every event it would be most of what Dagster keeps."""
     columns = [dg.TableColumn(column.name, column.type, column.description) for column in dataset.columns]
     return {"dagster/column_schema": dg.TableSchema(columns)} if columns else {}
 
 
-def _source(dataset: Dataset) -> dg.CodeReferencesMetadataValue:
+def _source(dataset: Dataset | Listing) -> dg.CodeReferencesMetadataValue:
     """Where its rows are made, and in a checkout the README's section on what it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)  # the pins hold its version

@@ -51,12 +51,12 @@ def _holds_a_last_materialization(instance: dg.DagsterInstance, run_id: str) -> 
     )
 
 
-def _materialized(instance: dg.DagsterInstance, run_id: str) -> Sequence[tuple[str, str]]:
+def _materialized(instance: dg.DagsterInstance, run_id: str) -> Sequence[tuple[str, str | None]]:
     """The assets and days that a run materialized."""
-    found: dict[tuple[str, str], None] = {}
+    found: dict[tuple[str, str | None], None] = {}
     for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION):
         event = entry.dagster_event
-        if event and event.asset_key and event.partition:
+        if event and event.asset_key:
             found[event.asset_key.to_user_string(), event.partition] = None
     return list(found)
 

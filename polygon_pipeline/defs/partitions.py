@@ -79,9 +79,11 @@ class Project:
         return day >= self.history_start and calendar.session(day) is not None
 
 
-def latest_materialization(instance: dg.DagsterInstance, asset: str, partition: str) -> dg.EventLogRecord | None:
-    """The last one of a trading day, or None if there was none."""
-    of_day = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[partition])
+def latest_materialization(
+    instance: dg.DagsterInstance, asset: str, partition: str | None = None
+) -> dg.EventLogRecord | None:
+    """The last one of a trading day, or of an asset without partitions; None if there was none."""
+    of_day = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[partition] if partition else None)
     return next(iter(instance.fetch_materializations(of_day, limit=1).records), None)
 
 

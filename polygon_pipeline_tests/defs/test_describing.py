@@ -7,17 +7,18 @@ from pathlib import Path
 
 import dagster as dg
 
-from polygon_pipeline.datasets.catalog import DATASETS
+from polygon_pipeline.datasets.catalog import DATASETS, LISTINGS, Dataset
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline_tests.support.materializing import PROJECT
 
 
 def test_every_asset_has_an_owner_a_channel_and_a_source_that_is_there_and_one_group_has_them_all() -> None:
     graph = build_defs(PROJECT).resolve_asset_graph()
-    for dataset in DATASETS:
+    for dataset in (*DATASETS, *LISTINGS):
         asset = graph.get(dg.AssetKey(dataset.name))
         assert asset.owners, dataset.name
-        assert asset.tags["polygon_pipeline/channel"] == dataset.channel
+        channel = str(dataset.channel) if isinstance(dataset, Dataset) else None
+        assert asset.tags.get("polygon_pipeline/channel") == channel
         assert asset.group_name == "bars"
         references = asset.metadata["dagster/code_references"]
         assert isinstance(references, dg.CodeReferencesMetadataValue)

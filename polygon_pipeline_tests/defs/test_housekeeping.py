@@ -18,8 +18,8 @@ def instance() -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
-def made(instance: dg.DagsterInstance, asset: str, day: str = DAY) -> str:
-    """A run that materialized a day and ended; its id."""
+def made(instance: dg.DagsterInstance, asset: str, day: str | None = DAY) -> str:
+    """A run that materialized a day, or an asset without days, and ended; its id."""
 
     @dg.op
     def make(context: dg.OpExecutionContext) -> None:
@@ -55,6 +55,16 @@ def test_a_run_that_made_one_day_last_keeps_all_its_events(
     for _ in range(2):
         clear(instance)
     assert all(instance.get_run_by_id(run) for run in kept)
+
+
+def test_the_run_that_made_an_asset_without_days_last_is_kept(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping, "KEPT_DAYS", 0)
+    old, new = made(instance, "splits", None), made(instance, "splits", None)
+    clear(instance)
+    assert instance.get_run_by_id(old) is None
+    assert instance.get_run_by_id(new) is not None
 
 
 def test_runs_of_the_last_two_weeks_are_left_alone(instance: dg.DagsterInstance) -> None:
