@@ -89,15 +89,18 @@ def rest_server(wanted: Settings) -> Iterator[str]:
     """Serves the past of the market that exchange() plays; gives the URL."""
     from polygon_pipeline.simulator.rest_server import HistoryServer
 
-    with HistoryServer(_market(wanted).day_bars, key=wanted.api_key) as server:
+    market = _market(wanted)
+    with HistoryServer(market.day_bars, key=wanted.api_key, listings=market.listings()) as server:
         yield server.url
 
 
 def _market(wanted: Settings) -> SyntheticMarket:
-    """A pure function of the tickers, so that stream and history agree."""
+    """A pure function of the tickers, so that stream and history agree: a day's bars depend on no later event."""
+    from polygon_pipeline.simulator.corporate_actions import weekly
     from polygon_pipeline.simulator.synthetic import SyntheticMarket
 
-    return SyntheticMarket(WATCH_LIST if wanted.is_whole_market else wanted.tickers)
+    tickers = WATCH_LIST if wanted.is_whole_market else wanted.tickers
+    return SyntheticMarket(tickers, actions=weekly(tickers, datetime.now(UTC).date()))
 
 
 def _faults(day: date) -> Faults:

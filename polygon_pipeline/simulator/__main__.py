@@ -20,6 +20,7 @@ from polygon_pipeline.lake.s3 import S3Access
 from polygon_pipeline.lake.store import open_lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.simulator.corporate_actions import Actions, weekly
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.faults import Faults, FaultType
 from polygon_pipeline.simulator.feed import Event
@@ -55,6 +56,11 @@ def _arguments() -> argparse.Namespace:
         help="the channels to send (default: %(default)s); for the whole market at high speed, use AM",
     )
     parser.add_argument("--seed", type=int, default=7, help="a different seed gives a different market (default: 7)")
+    parser.add_argument(
+        "--corporate-actions",
+        action="store_true",
+        help="split GME every Wednesday and let MSFT pay a dividend every Thursday, as the demo does",
+    )
     parser.add_argument(
         "--replay",
         type=Path,
@@ -122,7 +128,8 @@ def _feed(arguments: argparse.Namespace) -> tuple[Iterable[Event], str]:
             raise ValueError(f"there is no file {', '.join(missing)}")
         return replay(arguments.replay), f"a replay of {', '.join(map(str, arguments.replay))}"
     day = arguments.day or calendar.completed_sessions(datetime.now(UTC), 1)[0]
-    market = SyntheticMarket(arguments.tickers, arguments.seed)
+    actions = weekly(arguments.tickers, day) if arguments.corporate_actions else Actions()
+    market = SyntheticMarket(arguments.tickers, arguments.seed, actions)
     feed = SyntheticFeed(market, day, [Channel(name) for name in arguments.channels.split(",")])
     return feed, f"the synthetic {day.isoformat()} of {len(market.tickers)} tickers"
 
@@ -138,6 +145,7 @@ def _serve_history(
         port=arguments.rest_port,
         clock=lambda: max(midnight_ms, exchange.market_time_ms),
         requests_per_minute=arguments.requests_per_minute,
+        listings=feed.market.listings(),
     )
     variables = {"POLYGON_REST_URL": serving.enter_context(history).url}
     if arguments.flat_files:

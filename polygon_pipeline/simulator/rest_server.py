@@ -1,8 +1,8 @@
-"""The vendor's REST API for historical bars, served on loopback: a market's final bars, with faults on request.
+"""The vendor's REST API, served on loopback: a market's final bars and what is listed of it, with faults on request.
 
 Belongs here: the routes, their errors and limits, and the faults of this API. Does not belong here: making bars
-(synthetic), flat files, and any code that reads the API: if server and client shared code, a misunderstanding of the
-API would go unnoticed.
+(synthetic) and lists (corporate_actions), flat files, and any code that reads the API: if server and client shared
+code, a misunderstanding of the API would go unnoticed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from polygon_pipeline.market import calendar
+from polygon_pipeline.simulator.corporate_actions import Listings
 from polygon_pipeline.simulator.tickers import is_otc
 
 JsonObject = dict[str, Any]
@@ -157,7 +158,8 @@ class HistoryServer:
     client must never put it into a URL, so here that fails. port: 0 picks a free one. clock: the current time in Unix
     ms; only bars that have ended by then are served. None serves all bars. requests_per_minute: None means no limit.
     minute_seconds: the length of the rate limit's minute; tests make it shorter. faults: the faults to inject; the
-    first that is due is applied to a request. seed: for faults with a rate.
+    first that is due is applied to a request. seed: for faults with a rate. listings: splits, dividends and tickers;
+    None does not serve them.
 
     An error in the server itself is answered with status 500, and is raised by stop().
     """
@@ -173,8 +175,10 @@ class HistoryServer:
         minute_seconds: float = 60.0,
         faults: Iterable[RestFault] = (),
         seed: int = 0,
+        listings: Listings | None = None,
     ) -> None:
         self._history = history
+        self._listings = listings
         self._key = key
         self.port = port
         self._clock = clock
@@ -297,16 +301,44 @@ class HistoryServer:
                 raise _HttpError(400, f"this simulation serves 1/minute only, not {multiplier}/{timespan}")
             case ["v2", "aggs", "grouped", "locale", "us", "market", "stocks", day]:
                 return self._grouped(day, query)
+            case ["stocks", "v1", "splits" | "dividends"] | ["v3", "reference", "tickers"] if self._listings:
+                return self._list(path, query, self._listings)
+            case ["vX", "reference", "tickers", ticker, "events"] if self._listings:
+                if events := self._listings.events(ticker):
+                    return {"results": events, "status": "OK", "request_id": uuid4().hex}
+                raise _HttpError(404, "Not found.")
         raise _HttpError(404, "page not found")
+
+    # Lists
+
+    def _list(self, path: str, query: dict[str, str], listings: Listings) -> JsonObject:
+        query = _resumed(query)
+        match path:
+            case "/stocks/v1/splits":
+                rows, day, most = listings.splits(), "execution_date", 5000
+            case "/stocks/v1/dividends":
+                rows, day, most = listings.dividends(), "ex_dividend_date", 5000
+            case _:
+                rows, day, most = _on_a_date(listings, query), "", 1000
+        limit = query.get("limit", "100")
+        if not limit.isdecimal() or not 1 <= int(limit) <= most:
+            raise _HttpError(400, f"The parameter 'limit' must be from 1 to {most}")
+        rows = [
+            row for row in rows if all(_is_asked_for(str(row[name]), name, query) for name in ("ticker", day) if name)
+        ]
+        if query.get("sort", "").endswith(".desc"):
+            rows.reverse()
+        first, last = int(query.get("offset", "0")), int(query.get("offset", "0")) + int(limit)
+        body: JsonObject = {"results": rows[first:last], "status": "OK", "request_id": uuid4().hex}
+        if last < len(rows):
+            cursor = base64.urlsafe_b64encode(urlencode(query | {"offset": last}).encode()).decode().rstrip("=")
+            body["next_url"] = f"{self.url}{path}?cursor={cursor}"
+        return body
 
     # Bars
 
     def _range(self, ticker: str, first: str, last: str, query: dict[str, str]) -> JsonObject:
-        if "cursor" in query:
-            try:
-                query = dict(parse_qsl(base64.urlsafe_b64decode(query["cursor"] + "==").decode()))
-            except ValueError:
-                raise _HttpError(400, "The parameter 'cursor' is invalid") from None
+        query = _resumed(query)
         first_ms, last_ms = _parse_time(first, "from")[0], _parse_time(last, "to")[1]
         if last_ms < first_ms:
             raise _HttpError(400, "The parameter 'to' cannot be a time that occurs before 'from'")
@@ -348,6 +380,36 @@ class HistoryServer:
         """The day's bars that have ended by now."""
         bars = self._history(day)
         return _in_time_range(bars, 0, self._clock() - _MINUTE_MS + 1) if self._clock else bars
+
+
+def _resumed(query: dict[str, str]) -> dict[str, str]:
+    """What a cursor stands for; a query without one is as it is."""
+    if "cursor" not in query:
+        return query
+    try:
+        return dict(parse_qsl(base64.urlsafe_b64decode(query["cursor"] + "==").decode()))
+    except ValueError:
+        raise _HttpError(400, "The parameter 'cursor' is invalid") from None
+
+
+def _on_a_date(listings: Listings, query: dict[str, str]) -> list[JsonObject]:
+    try:
+        as_of = date.fromisoformat(query["date"]) if "date" in query else date.max
+    except ValueError:
+        raise _HttpError(400, "The parameter 'date' must be YYYY-MM-DD") from None
+    rows = listings.tickers(as_of, active=query.get("active", "true") == "true")
+    return [row for row in rows if query.get("market", row["market"]) == row["market"]]
+
+
+def _is_asked_for(value: str, name: str, query: dict[str, str]) -> bool:
+    """Whether a field's value passes the filters of its name."""
+    return (
+        query.get(name, value) == value
+        and value in query.get(f"{name}.any_of", value).split(",")
+        and query.get(f"{name}.gte", value) <= value <= query.get(f"{name}.lte", value)
+        and not (f"{name}.gt" in query and value <= query[f"{name}.gt"])
+        and not (f"{name}.lt" in query and value >= query[f"{name}.lt"])
+    )
 
 
 def _in_time_range(bars: pa.Table, first_ms: int, end_ms: int) -> pa.Table:

@@ -28,6 +28,7 @@ from msgspec import UNSET, UnsetType
 
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.simulator.corporate_actions import Actions, Listings, Shares
 from polygon_pipeline.simulator.feed import Aggregate, Event, encode, window_ms
 from polygon_pipeline.simulator.tickers import KNOWN, TickerProfile, is_otc
 
@@ -37,6 +38,7 @@ Number = TypeVar("Number", np.int64, np.float64)
 
 MINUTE_MS = 60_000
 REVISED_SHARE = 0.02
+_NO_ACTIONS = Actions()
 _MAX_DELAY_MS = 2_000  # from the end of a bar until it is first sent
 _MAX_REVISION_DELAY_MS = 14 * MINUTE_MS  # from then until it is sent again, revised: the vendor says "about 15 minutes"
 
@@ -62,14 +64,16 @@ class _Bars(NamedTuple):
 class SyntheticMarket:
     """A market of the given tickers, without duplicates; ValueError if there are none.
 
-    The same seed and tickers give the same bars for a day, in any process and in any order of calls.
+    The same seed and tickers give the same bars for a day, in any process and in any order of calls. actions: splits
+    and dividends; a day's bars depend on those up to it, and on no later ones.
     """
 
-    def __init__(self, tickers: Sequence[str], seed: int = 7) -> None:
+    def __init__(self, tickers: Sequence[str], seed: int = 7, actions: Actions = _NO_ACTIONS) -> None:
         if not tickers:
             raise ValueError("a market needs at least one ticker")
         self.tickers = sorted(set(tickers))
         self.seed = seed
+        self.actions = actions
         profiles = [_profile(ticker, seed) for ticker in self.tickers]
         self._price = np.array([profile.price for profile in profiles])
         self._trades_per_minute = np.array([profile.trades_per_minute for profile in profiles])
@@ -94,6 +98,17 @@ class SyntheticMarket:
         for minute, rows in enumerate(self._rows_by_minute(day)):
             seconds = self._second_bars(day, minute, bars.take(rows))
             yield self._table(seconds.take(np.argsort(seconds.start_ms, kind="stable")))
+
+    def close_before(self, ticker: str, day: date) -> float:
+        """The last price of regular hours on the session before a day."""
+        before = _session(calendar.trading_days(day - timedelta(days=7), day - timedelta(days=1))[-1])
+        bars = self._minute_bars(before.date)
+        regular = (bars.start_ms < _unix_ms(before.close)) & (bars.ticker == self.tickers.index(ticker))
+        return float(bars.close[regular][-1])
+
+    def listings(self) -> Listings:
+        """What the vendor lists of this market."""
+        return Listings(self.tickers, self.actions, self.close_before)
 
     def _table(self, bars: _Bars) -> pa.Table:
         columns = bars._asdict() | {
@@ -138,7 +153,27 @@ class SyntheticMarket:
         start_ms = _session_start_ms(day) + MINUTE_MS * minute
         volume = 1000 * whole_shares + thousandths
         bars = _Bars(ticker, start_ms, open_price, high, low, close, volume, vwap, transactions)
+        bars = self._in_shares_of(day, bars)
         return bars.take(np.argsort(minute, kind="stable"))
+
+    def _in_shares_of(self, day: date, bars: _Bars) -> _Bars:
+        """The bars after the splits and dividends up to the day, all of its bars alike."""
+        shares = [self.actions.shares(ticker, day) for ticker in self.tickers]
+        if all(held == Shares() for held in shares):
+            return bars
+        ratio, cash = (np.array(column)[bars.ticker] for column in zip(*shares, strict=True))
+        open_price, high, low, close = (
+            _to_tick(price * ratio - cash) for price in (bars.open, bars.high, bars.low, bars.close)
+        )
+        volume = np.rint(bars.volume / ratio).astype(np.int64)
+        return bars._replace(
+            open=open_price,
+            high=high,
+            low=low,
+            close=close,
+            volume=np.maximum(volume, 1000 * bars.transactions),  # a trade is of one share at least
+            vwap=np.clip(np.round(bars.vwap * ratio - cash, 4), low, high),
+        )
 
     def _second_bars(self, day: date, minute: int, bars: _Bars) -> _Bars:
         """The second bars of one minute's bars, sorted by ticker, then second."""
