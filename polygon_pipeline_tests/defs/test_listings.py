@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
+import pyarrow.parquet as pq
 import pytest
+from massive import RESTClient  # type: ignore[import-untyped, unused-ignore]
 
 from polygon_pipeline.datasets.catalog import LISTINGS
 from polygon_pipeline.definitions import build_defs
@@ -16,6 +20,10 @@ from polygon_pipeline.defs.listings import LISTINGS_TAG, listings_schedule
 from polygon_pipeline.defs.resources import PolygonResource
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.calendar import NEW_YORK
+from polygon_pipeline.simulator.corporate_actions import weekly
+from polygon_pipeline.simulator.rest_server import HistoryServer
+from polygon_pipeline.simulator.synthetic import SyntheticMarket
 from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.materializing import PROJECT
 from polygon_pipeline_tests.support.planned_server import Answer, PlannedServer, planned_server
@@ -116,6 +124,50 @@ def test_renames_of_the_whole_market_are_asked_for_by_name_only(
     assert "a request a ticker" in str(result.get_step_failure_events()[0].event_specific_data)
     assert vendor.asked == []
     assert fetch(instance, "ticker_events", tickers=["META"]).success
+
+
+def test_the_vendors_own_client_lists_what_is_stored(
+    instance: dg.DagsterInstance, stored: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tickers = ["AAPL", "GME", "MSFT", "UHT"]
+    market = SyntheticMarket(tickers, actions=weekly(tickers, date(2026, 1, 30)))
+    monkeypatch.setenv("POLYGON_TICKERS", ",".join(tickers))
+    with HistoryServer(market.day_bars, key=KEY, listings=market.listings()) as server:
+        monkeypatch.setenv("POLYGON_REST_URL", server.url)
+        assert fetch(instance).success
+        client = RESTClient(KEY, base=server.url)
+        today = datetime.now(NEW_YORK).date().isoformat()
+        theirs = {
+            "splits": [*client.list_stocks_splits()],
+            "dividends": [*client.list_stocks_dividends()],
+            "tickers": [row for row in client.list_tickers(date=today, limit=1000) if row.ticker in tickers],
+            "ticker_events": [
+                SimpleNamespace(
+                    requested_ticker=ticker, type=event["type"], date=event["date"], **event["ticker_change"]
+                )
+                for ticker in tickers
+                for event in client.get_ticker_events(ticker).events
+            ],
+        }
+    for name, expected in theirs.items():
+        content = stored.get(layout.listing_key(name, datetime.now(UTC).date()))
+        assert content
+        columns = [column for column in pq.read_schema(io.BytesIO(content)).names if hasattr(expected[0], column)]
+        assert len(columns) >= 4
+        ours = [
+            tuple(_text(row[column]) for column in columns) for row in pq.read_table(io.BytesIO(content)).to_pylist()
+        ]
+        assert sorted(ours) == sorted(tuple(_text(getattr(row, column)) for column in columns) for row in expected)
+    assert len(theirs["splits"]) == len(theirs["dividends"]) == 4
+
+
+def _text(value: Any) -> str:
+    """A value as the vendor writes it; a whole number may come as an int or a float, and times to the nanosecond."""
+    if isinstance(value, datetime):
+        return value.isoformat()[:19]
+    if isinstance(value, int | float):
+        return str(float(value))
+    return str(value)[:19] if str(value).startswith("20") else str(value)
 
 
 @pytest.mark.parametrize("name", ["tickers", "ticker_events"])
