@@ -55,7 +55,7 @@ class DuckSession:
 
     def view(self, name: str, file: Path) -> None:
         """Makes a Parquet file readable under a name."""
-        self.rows(f"CREATE OR REPLACE TEMP VIEW {name} AS FROM read_parquet({_quoted(str(file))})")
+        self.rows(f"CREATE OR REPLACE TEMP VIEW {name} AS FROM read_parquet({quoted(str(file))})")
 
     def copy(
         self,
@@ -67,8 +67,8 @@ class DuckSession:
         """Writes a query's rows to a local Parquet file; returns how many. metadata: the file's key-value metadata."""
         options = _PARQUET
         if metadata:
-            options += f", KV_METADATA {{{', '.join(f'{key}: {_quoted(value)}' for key, value in metadata.items())}}}"
-        [(rows,)] = self.rows(f"COPY ({query}) TO {_quoted(str(target))} ({options})", parameters)
+            options += f", KV_METADATA {{{', '.join(f'{key}: {quoted(value)}' for key, value in metadata.items())}}}"
+        [(rows,)] = self.rows(f"COPY ({query}) TO {quoted(str(target))} ({options})", parameters)
         return int(rows)
 
 
@@ -83,5 +83,6 @@ def _in_memory() -> duckdb.DuckDBPyConnection:
     return _open()
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Text as SQL has it."""
     return "'" + text.replace("'", "''") + "'"

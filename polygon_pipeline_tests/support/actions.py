@@ -10,6 +10,10 @@ from datetime import UTC, date, datetime
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from polygon_pipeline.lake import layout
+from polygon_pipeline.lake.store import Lake
 
 FETCHED_AT = datetime(2026, 6, 30, 12, tzinfo=UTC)
 
@@ -88,3 +92,11 @@ def _schema(on: str, *columns: str) -> pa.Schema:
             ("fetched_at", pa.timestamp("us", "UTC")),
         ]
     )
+
+
+def put_fetches(lake: Lake, fetched: date, splits: Iterable[Split] = (), dividends: Iterable[Dividend] = ()) -> None:
+    """Puts what was fetched on a day into the lake."""
+    for name, table in (("splits", splits_table(splits)), ("dividends", dividends_table(dividends))):
+        content = pa.BufferOutputStream()
+        pq.write_table(table, content)
+        lake.put(layout.listing_key(name, fetched), content.getvalue().to_pybytes())
