@@ -27,6 +27,7 @@ NAMES = (
     "objects",
     "seconds",
     "derived",
+    "reading",
     "flat_file",
     "loading",
     "backfill",
