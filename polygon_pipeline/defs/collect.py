@@ -78,6 +78,19 @@ class CollectConfig(BaseModel):
     )
 
 
+# Longer than a drain that makes progress; what is not published then waits in the journal.
+_GRACE_SECONDS = 1800
+# Of no effect but on Kubernetes: the run's pod has the volume of the journals (deploy/kubernetes/collector.yaml).
+_ON_KUBERNETES = {
+    "pod_spec_config": {
+        "termination_grace_period_seconds": _GRACE_SECONDS,
+        "volumes": [{"name": "journal", "persistent_volume_claim": {"claim_name": "polygon-journal"}}],
+    },
+    "container_config": {
+        "volume_mounts": [{"name": "journal", "mount_path": "/var/lib/polygon/journal"}],
+    },
+}
+
 # Written out, because a text of a dg.Config may also be {"env": NAME} at launch: the run would show that variable.
 _CONFIG_SCHEMA = {
     name: dg.Field(dg.Noneable(kind), is_required=False, description=CollectConfig.model_fields[name].description)
@@ -161,6 +174,7 @@ collect_aggregates_job = collect_session.to_job(
         "dagster/max_retries": "0",  # the sensor starts the next attempt
         "dagster/priority": "10",  # before everything that is queued
         "dagster-celery/queue": "collector",  # where its place is, on Celery
+        "dagster-k8s/config": _ON_KUBERNETES,
     },
     description="Collects one session's aggregates. Started by market_session_sensor, or by hand.",
 )

@@ -1,0 +1,179 @@
+"""The files of deploy/ say what Dagster, Kubernetes and AWS understand, as far as that can be told without them.
+
+What runs for real is in cluster/. Nothing here reaches a network.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import boto3
+import dagster as dg
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+from dagster_aws.ecs import EcsRunLauncher
+from dagster_celery.app import app
+from dagster_k8s import K8sRunLauncher
+from dagster_k8s.job import construct_dagster_k8s_job
+
+from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.launcher import WatchingCeleryRunLauncher
+
+_DEPLOY = Path(__file__).parents[1] / "deploy"
+_SYSTEMD = sorted((_DEPLOY / "celery" / "systemd").glob("*.service"))
+
+
+@contextmanager
+def _instance(
+    folder: Path, configuration: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dg.DagsterInstance]:
+    """An instance of this configuration, on SQLite: all but the storage is as it will be."""
+    del configuration["storage"]
+    for name in ("DAGSTER_POSTGRES_URL", "CELERY_BROKER_URL", "COMPUTE_LOGS_BUCKET", "RUN_TASK_DEFINITION"):
+        monkeypatch.setenv(name, "memory://" if name == "CELERY_BROKER_URL" else "a-name")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    (folder / "dagster.yaml").write_text(yaml.safe_dump(configuration))
+    with dg.DagsterInstance.from_config(str(folder)) as instance:
+        yield instance
+
+
+@pytest.mark.parametrize(("engine", "launcher"), [("celery", WatchingCeleryRunLauncher), ("ecs", EcsRunLauncher)])
+def test_an_instance_is_what_its_configuration_says(
+    engine: str, launcher: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "ecs":  # the launcher asks AWS for its task definition as soon as it is made
+        definition = {"taskDefinitionArn": "an-arn", "containerDefinitions": [{"name": "run"}]}
+        client = Mock(describe_task_definition=lambda **_: {"taskDefinition": definition})
+        monkeypatch.setattr(boto3, "client", lambda *_, **__: client)
+    configuration = _yaml(_DEPLOY / engine / "dagster.yaml")
+    assert set(configuration["storage"]["postgres"]) == {"postgres_url"}
+    with _instance(tmp_path, configuration, monkeypatch) as instance:
+        assert type(instance.run_launcher) is launcher
+        assert instance.run_launcher.supports_check_run_worker_health
+        assert instance.run_monitoring_enabled
+        assert instance.run_retries_enabled
+        queue = instance.get_concurrency_config()
+        assert queue.run_queue_config is not None
+        assert queue.run_queue_config.max_concurrent_runs >= 5
+        assert queue.pool_config.default_pool_limit == 1
+
+
+def test_the_workers_processes_wait_for_the_collector_and_its_queue_is_one_of_theirs() -> None:
+    tags = build_defs().resolve_job_def("collect_aggregates").tags
+    services = _yaml(_DEPLOY / "celery" / "compose.yaml")["services"]
+    units = {path.stem: _unit(path) for path in _SYSTEMD}
+    for command in (services["collector"]["command"], shlex.split(units["polygon-collector"]["ExecStart"])):
+        assert _option(command, "--queues") == tags["dagster-celery/queue"]
+        assert _option(command, "--concurrency") == "1"
+        assert "--disable-prefetch" in command
+    for command in (services["datasets"]["command"], shlex.split(units["polygon-datasets"]["ExecStart"])):
+        assert _option(command, "--queues") == "dagster"
+        assert "--disable-prefetch" in command
+    celery = _yaml(_DEPLOY / "celery" / "dagster.yaml")
+    grace = celery["run_monitoring"]["cancel_timeout_seconds"]
+    assert _minutes(services["collector"]["stop_grace_period"]) * 60 >= grace
+    assert _minutes(units["polygon-collector"]["TimeoutStopSec"]) * 60 >= grace
+    assert json.loads(tags["dagster-k8s/config"])["pod_spec_config"]["termination_grace_period_seconds"] >= grace
+    slots = 2 * int(_option(services["datasets"]["command"], "--concurrency")) + 1
+    assert celery["concurrency"]["runs"]["max_concurrent_runs"] == slots, "two machines', and the collector's"
+    assert {"execute_job", "resume_job"} <= set(app.tasks)
+
+
+def test_every_command_of_the_services_is_that_of_their_units() -> None:
+    """Compose and systemd start the same, but for addresses and paths."""
+    services = _yaml(_DEPLOY / "celery" / "compose.yaml")["services"]
+    commands = {Path(shlex.split(_unit(path)["ExecStart"])[0]).name for path in _SYSTEMD}
+    started = {service["command"][0] for name, service in services.items() if "command" in service and name != "redis"}
+    assert commands == {*started, "dagster"}, "the code server is what the image starts by itself"
+    for name, service in services.items():
+        assert "healthcheck" in service or name == "code", "the image checks the code server"
+        assert service["restart"] == "unless-stopped"
+
+
+@pytest.mark.parametrize("job", ["collect_aggregates", "catch_up"])
+def test_a_runs_pod_is_one_that_kubernetes_would_take(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built by Dagster's own code from the values and the job's tags, with Kubernetes' own types."""
+    values = _yaml(_DEPLOY / "kubernetes" / "values.yaml")
+    chosen = {_snake(key): value for key, value in values["runLauncher"]["config"]["k8sRunLauncher"].items()}
+    config = {
+        "service_account_name": "dagster",
+        "instance_config_map": "dagster-instance",
+        "dagster_home": values["global"]["dagsterHome"],
+        "load_incluster_config": False,
+        "job_image": "an-image",
+        "image_pull_policy": chosen["image_pull_policy"],
+        "env_secrets": [secret["name"] for secret in chosen["env_secrets"]],
+        "fail_pod_on_run_failure": chosen["fail_pod_on_run_failure"],
+        "run_k8s_config": {_snake(key): value for key, value in chosen["run_k8s_config"].items()},
+    }
+    assert set(config) <= set(K8sRunLauncher.config_type())  # type: ignore[no-untyped-call]
+    monkeypatch.setattr("kubernetes.config.load_kube_config", lambda *_, **__: None)
+    with dg.DagsterInstance.ephemeral() as instance:
+        definition = build_defs().resolve_job_def(job)
+        run = instance.create_run_for_job(definition, tags=definition.tags)
+    launcher = K8sRunLauncher(**config, k8s_client_batch_api=object(), k8s_client_core_api=object())
+    context = launcher.get_container_context_for_run(run)
+    made = construct_dagster_k8s_job(
+        context.get_k8s_job_config(job_image="an-image", run_launcher=launcher),
+        args=["dagster", "api", "execute_run"],
+        job_name="a-run",
+        user_defined_k8s_config=context.run_k8s_config,
+    )
+    pod = made.spec.template.spec
+    [container] = pod.containers
+    assert container.command is None, "the image's tini stays the first process"
+    assert container.security_context.read_only_root_filesystem
+    assert pod.security_context.run_as_non_root
+    mounted = {mount.name: mount.mount_path for mount in container.volume_mounts}
+    assert set(mounted) <= {volume.name for volume in pod.volumes}
+    assert mounted["tmp"] == "/tmp"
+    [claim] = yaml.safe_load_all((_DEPLOY / "kubernetes" / "collector.yaml").read_text())
+    claims = [volume.persistent_volume_claim.claim_name for volume in pod.volumes if volume.persistent_volume_claim]
+    if job == "collect_aggregates":
+        assert claims == [claim["metadata"]["name"]]
+        assert f"JOURNAL_DIR={mounted['journal']}" in (_DEPLOY / "container" / "Dockerfile").read_text()
+        assert pod.termination_grace_period_seconds >= values["dagsterDaemon"]["runMonitoring"]["cancelTimeoutSeconds"]
+    else:
+        assert claims == [], "only one pod can have it"
+
+
+def test_the_task_definition_is_one_that_ecs_would_take() -> None:
+    definition = json.loads((_DEPLOY / "ecs" / "task-definition.json").read_text())
+    model = boto3.Session(region_name="us-east-1").client("ecs", region_name="us-east-1").meta.service_model
+    report = ParamValidator().validate(definition, model.operation_model("RegisterTaskDefinition").input_shape)
+    assert not report.has_errors(), report.generate_report()
+    [container] = definition["containerDefinitions"]
+    assert container["name"] == _yaml(_DEPLOY / "ecs" / "dagster.yaml")["run_launcher"]["config"]["container_name"]
+    assert {mount["sourceVolume"] for mount in container["mountPoints"]} == {v["name"] for v in definition["volumes"]}
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(path.read_text())
+    return found
+
+
+def _unit(path: Path) -> dict[str, str]:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(path)
+    return dict(parser["Service"])
+
+
+def _option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def _minutes(text: str) -> int:
+    return int(text.removesuffix("min").removesuffix("m"))
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
