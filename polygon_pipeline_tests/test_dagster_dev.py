@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -19,18 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.collector.lease import Holding, read_lease
-from polygon_pipeline.datasets.catalog import DAILY_BARS, FOLLOWING, REFERENCE_BARS
+from polygon_pipeline.datasets.catalog import DAILY_BARS, FOLLOWING
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.dataset_files import put_dataset
 from polygon_pipeline.lake.ledger import Ledger, decode_ledger, read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
-from polygon_pipeline.market.calendar import completed_sessions, day_bounds_ms, trading_days
-from polygon_pipeline.simulator.synthetic import SyntheticMarket
-from polygon_pipeline.simulator.tickers import WATCH_LIST
-from polygon_pipeline_tests.support.bars import reference_row
+from polygon_pipeline.market.calendar import completed_sessions, trading_days
 from polygon_pipeline_tests.support.dagster_dev import DagsterDev
-from polygon_pipeline_tests.support.day_files import reference_file
+from polygon_pipeline_tests.support.history import put_history
 from polygon_pipeline_tests.support.receivers import webhook
 from polygon_pipeline_tests.support.waiting import until
 
@@ -110,7 +106,7 @@ def test_a_day_gets_to_final_by_itself_whatever_happened_to_its_session(
     with webhook() as chat, contextlib.closing(dev):
         backfilled = trading_days(date(2026, 1, 5), date(2026, 3, 31))
         file_lake.claim("simulated")  # the simulator fills no lake that holds data of nobody knows whom
-        _put_history(file_lake, backfilled, tmp_path)
+        put_history(file_lake, backfilled, tmp_path)
         dev.start(POLYGON_HISTORY_START="2026-01-02", POLYGON_ALERT_WEBHOOK=chat.url)
         asked = dev.backfill([dataset.name for dataset in _MINUTE], backfilled)
         first = _until(lambda: _alive(file_lake), "the sensor starts a collector beside the backfill")
@@ -132,23 +128,6 @@ def test_a_day_gets_to_final_by_itself_whatever_happened_to_its_session(
         assert told[0].startswith(f"Run {dev.runs()[-1]['runId'][:8]} of collect_aggregates failed ({day})")
         assert len(told) == len({*told}), "nothing is told twice"
     say(f"a session killed and terminated beside a backfill of {len(backfilled)} days: every day final")
-
-
-def _put_history(lake: Lake, days: Sequence[date], folder: Path) -> None:
-    """The vendor's history of days, as fetched before."""
-    market = SyntheticMarket(WATCH_LIST[:3])
-    for day in days:
-        rows = [
-            reference_row(
-                row["ticker"],
-                row["start_ms"],
-                **{name: row[name] for name in ("open", "high", "low", "close", "volume", "vwap")},
-            )
-            for row in market.day_bars(day).to_pylist()
-        ]
-        until_ms = day_bounds_ms(day)[1]
-        file = reference_file(folder / "reference.parquet", rows, list(WATCH_LIST[:3]), until_ms)
-        put_dataset(lake, REFERENCE_BARS.name, day.isoformat(), file)
 
 
 def _state(lake: Lake, day: date) -> str | None:
