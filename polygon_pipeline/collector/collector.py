@@ -45,8 +45,9 @@ from polygon_pipeline.collector.journal import (
     RecordType,
     leftovers,
 )
-from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Lease
+from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Lease, live_run
 from polygon_pipeline.collector.publisher import Publisher
+from polygon_pipeline.collector.recovery import Recovered, belongs, recover
 from polygon_pipeline.lake.archive import ArchivedEvent
 from polygon_pipeline.lake.errors import STORE_ERRORS, brief, permanent_error
 from polygon_pipeline.lake.ledger import Account, TimeBase, Watermark, read_ledgers
@@ -215,7 +216,7 @@ class _Run:
         self._is_standing_by = False
         self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # for `main` to log
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # for `main` to raise
-        self._recovered: queue.SimpleQueue[Publisher] = queue.SimpleQueue()  # of lost runs, for `main` to report
+        self._recovered: queue.SimpleQueue[Recovered] = queue.SimpleQueue()  # of lost runs, for `main` to report
         self._store_fault: str | None = None
         self._store_faults = 0
         self._drain_deadline = math.inf
@@ -319,9 +320,9 @@ class _Run:
         """Reports the days of lost runs, which are on the lake now."""
         while not self._recovered.empty():
             lost = self._recovered.get()
-            account, tickers = lost.account, len(lost.tickers)
+            account = lost.account
             self._on_checkpoint(
-                replace(self.progress(), account=account, tickers=tickers, dates=frozenset(account.days))
+                replace(self.progress(), account=account, tickers=lost.tickers, dates=frozenset(account.days))
             )
 
     def _log_messages(self) -> None:
@@ -370,12 +371,18 @@ class _Run:
             renewing = self._thread("lease", self._renew)
             # Lost runs first: their bars are older, and so revisions reach the lake in the order they came.
             self._recover_leftovers()
+            # The lock of a machine that shares this volume and is gone may last longer than its lease.
+            look_again = time.monotonic() + self._plan.checkpoint_seconds
             while True:
                 last_round = self._phase is Phase.DRAINING
                 if self._persist(self._publisher.step):
                     continue
                 if last_round:
                     break
+                if time.monotonic() >= look_again:
+                    look_again = time.monotonic() + self._plan.checkpoint_seconds
+                    self._leftovers = leftovers(self._plan.journal_dir)
+                    self._recover_leftovers()
                 self._journal.wait(*self._publisher.position, _POLL_SECONDS)
                 time.sleep(_LINGER_SECONDS)
             complete = not self._journal.numbers()
@@ -403,7 +410,7 @@ class _Run:
     def _recover(self, journal: LeftoverJournal) -> None:
         """Publishes what a lost run left, and completes its ledger."""
         header = journal.header
-        if (header.lake_uri, header.feed) != (self._lake.uri, self._plan.feed):
+        if not belongs(header, self._lake, self._plan.feed):
             self._messages.put(
                 (
                     logging.WARNING,
@@ -413,18 +420,13 @@ class _Run:
             )
             journal.release()
             return
-        publisher = Publisher(self._lake, journal, header)
-        waiting = journal.backlog_bytes()
-        while self._persist(publisher.step):
-            pass
-        if not publisher.account.ended_by:
-            publisher.account.ended_by = f"died; its journal was published by {self._plan.run}"
-        self._persist(lambda: publisher.put_ledger(complete=True))
-        journal.discard()
-        self._recovered.put(publisher)
-        self._messages.put(
-            (logging.WARNING, f"recovered {waiting} bytes and {publisher.account.bars} bars in all of run {header.run}")
-        )
+        if self._persist(lambda: live_run(self._lake)) == header.run:
+            journal.release()  # it collects elsewhere, so its lock does not hold on this volume
+            return
+        found = recover(self._lake, journal, self._plan.run, self._persist)
+        self._recovered.put(found)
+        text = f"recovered {found.waited_bytes} bytes and {found.account.bars} bars in all of run {header.run}"
+        self._messages.put((logging.WARNING, text))
 
     def _persist(self, work: Callable[[], T]) -> T:
         """Does work until the store takes it, with backoff and jitter, for as long as the run lives."""
@@ -456,7 +458,8 @@ class _Run:
             self._messages.put(
                 (logging.INFO, f"standby: another collects into {self._lake.uri}; waiting for its lease")
             )
-            self._recover_leftovers()  # what lies on this disk need not wait that long
+            if self._lake.is_s3:  # what lies on this disk need not wait that long; a local lake has one writer
+                self._recover_leftovers()
         if self._wait_for(Phase.DRAINING, seconds):
             raise _GivenUp
 

@@ -115,6 +115,7 @@ class Publisher:
         # The objects of the last batch, until all are put, and when their bars came on the clock that never steps.
         self._pending: dict[str, tuple[bytes, float | None]] = {}
         self._unsynced: set[str] = set()  # those that are put, until all are synced
+        self._fresh: dict[str, tuple[date, Channel]] = {}  # those of them that are counted as new, by this process
         self._lines: dict[date, list[bytes]] = defaultdict(list)  # the archive of the segment under way
         self._quarantine: list[bytes] = []
         self._received: list[float] = []  # when the frames of the segment under way came, on the same clock
@@ -196,6 +197,9 @@ class Publisher:
         # Only now, because until it is saved a batch may be taken again.
         self._known.update(fresh)
         self._arrivals.add(self.account, arrived)
+        self._fresh = {
+            layout.raw_key(channel, day, ticker, start_ms): (day, channel) for channel, day, ticker, start_ms in fresh
+        }
         for taken in batch:
             self._keep_lines(taken)
             self._keep_objects(taken)
@@ -331,6 +335,10 @@ class Publisher:
         try:
             found = await obstore.get_async(store, key)
             existing = bytes(await found.bytes_async())
+            if existing != content and key in self._fresh:
+                # A journal that is published on another machine has put it since the day's objects were listed.
+                count = self.account.day(*self._fresh.pop(key))
+                count.objects, count.revisions = count.objects - 1, count.revisions + 1
             if existing != content and _collected_at(existing) <= _collected_at(content):
                 # A local store knows no conditional update, and has no other writer: the collector is alone.
                 mode = {"e_tag": found.meta["e_tag"]} if self._lake.is_s3 else "overwrite"

@@ -1,4 +1,4 @@
-"""The collector's sensors: one starts it, one finds lost runs.
+"""The collector's sensors: one starts it, one finds lost runs, one publishes what they left.
 
 Belongs here: shells around pure decisions (collector.launching, demo). Does not belong here: what the processes of runs
 are asked (defs.supervision), and sensors of datasets (following, reference,
@@ -13,8 +13,10 @@ import dagster as dg
 from polygon_pipeline import demo
 from polygon_pipeline.collector.launching import Outcome, PastRun, Start, decide_live
 from polygon_pipeline.collector.lease import Watch, read_lease
+from polygon_pipeline.collector.recovery import waiting
 from polygon_pipeline.collector.telling import live_status
 from polygon_pipeline.defs.collect import FAILED_FOR_GOOD_TAG, FEED_TAG, SESSION_DATE_TAG, collect_aggregates_job
+from polygon_pipeline.defs.draining import drain_journals
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.supervision import (
     LOST,
@@ -86,6 +88,34 @@ def lost_runs_sensor(context: dg.SensorEvaluationContext, lake: LakeResource) ->
     return dg.SkipReason(
         f"runs reported failed because their process is lost: {failed}" if failed else "no run is lost"
     )
+
+
+@dg.sensor(
+    job=drain_journals,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=120,
+    description="Publishes what lost runs left on this disk, where no collector is at work that would do it.",
+)
+def leftover_journals_sensor(
+    context: dg.SensorEvaluationContext, polygon: PolygonResource, lake: LakeResource
+) -> dg.RunRequest | dg.SkipReason:
+    wanted, now = polygon.settings(), datetime.now(UTC)
+    if not any(wanted.journal_dir.glob("*/journal.json")):
+        return dg.SkipReason("nothing is left on this disk")
+    runs = _past_runs(context.instance, wanted.feed)
+    decide = demo.decide if wanted.is_demo else decide_live
+    if any(run.outcome is Outcome.ACTIVE for run in runs) or isinstance(decide(now, _LOADED_AT, runs), Start):
+        return dg.SkipReason("a collector is at work or about to start, and publishes what is left here")
+    if context.instance.get_runs(dg.RunsFilter(job_name=drain_journals.name, statuses=list(_ACTIVE)), limit=1):
+        return dg.SkipReason("what is left on this disk is being published")
+    try:
+        left = waiting(wanted.journal_dir, lake.open(), wanted.feed)
+    except (*STORE_ERRORS, LakeError) as error:
+        return dg.SkipReason(f"the lake is away, and what is left on this disk waits: {brief(error)}")
+    if not left:
+        return dg.SkipReason("nothing on this disk belongs to this lake")
+    # A run that failed, because the store went away again, is asked for again.
+    return dg.RunRequest(run_key=f"{left[0]} and {len(left) - 1} more, {now:%Y-%m-%dT%H:}{now.minute // 10}0")
 
 
 def _live_status(lake: LakeResource) -> str:
