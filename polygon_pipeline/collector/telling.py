@@ -109,7 +109,7 @@ def _gaps(gaps: Sequence[Gap]) -> str:
 
 def _complete(watermarks: Mapping[Channel, Watermark]) -> list[str]:
     """Up to where a run is complete; of several channels, the one that is behind."""
-    return [f"complete through {_clock(min(mark.through for mark in watermarks.values()))}"] if watermarks else []
+    return [f"complete through {clock(min(mark.through for mark in watermarks.values()))}"] if watermarks else []
 
 
 def _safe(progress: Progress) -> str:
