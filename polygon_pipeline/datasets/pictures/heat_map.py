@@ -69,7 +69,8 @@ def heat_map(
 ) -> bytes:
     """A PNG with one row per ticker, in groups and else in the order given, and one column per minute of the session.
 
-    A session with a night is wider than the UI: there a column is two minutes, and shows the worse of them.
+    A session with a night has more minutes than the UI has place: there some columns are two minutes, and show the
+    worse of them.
 
     states: of coverage.minute_states, with these tickers among its own. market: of coverage.market_states. gaps: first
     and last minute of each. Raises ValueError for more than MOST_TICKERS or for a day that is no trading day.
@@ -77,8 +78,7 @@ def heat_map(
     if len(tickers) > MOST_TICKERS:
         raise ValueError(f"{len(tickers)} tickers: {MOST_TICKERS} or fewer can be drawn")
     axis = DayAxis.of(day, _LEFT, 0)
-    minutes_a_column = 1 if axis.minutes <= _MOST_COLUMNS else 2
-    axis = DayAxis.of(day, _LEFT, axis.minutes // minutes_a_column)
+    axis = DayAxis.of(day, _LEFT, min(axis.minutes, _MOST_COLUMNS))
     rows: dict[str, dict[int, State]] = {ticker: {} for ticker in tickers}
     for ticker, minute, state in zip(*(states.column(name).to_pylist() for name in _COLUMNS), strict=True):
         if ticker in rows:
@@ -98,7 +98,7 @@ def heat_map(
         for name, minutes in found.items():
             canvas.text(_LEFT - 6, top + 4, name[:11], TEXT, "ra")
             colours = [colour for _, colour in _STATES.values()]
-            canvas.paste(_cells(minutes, axis.width, minutes_a_column), _LEFT, top + 2, colours)
+            canvas.paste(_cells(minutes, axis), _LEFT, top + 2, colours)
             top += _ROW
     for moment in (axis.day.open, axis.day.close):
         canvas.line([(axis.place(moment), _TOP), (axis.place(moment), bottom)], GRID)
@@ -138,15 +138,15 @@ def _most(market: Iterable[tuple[int, str, int]]) -> int:
     return max(totals.values(), default=0)
 
 
-def _cells(minutes: Mapping[int, State], width: int, minutes_a_column: int) -> Cells:
+def _cells(minutes: Mapping[int, State], axis: DayAxis) -> Cells:
     """A row's pixels. What was lost is three wide at least, at the cost of its neighbours."""
     import numpy as np
 
-    row = np.full((width, 3), PAPER, dtype=np.uint8)
+    row = np.full((axis.width, 3), PAPER, dtype=np.uint8)
     for state in reversed(_STATES):
         wider = 1 if state in _WIDENED else 0
         for minute in (minute for minute, found in minutes.items() if found is state):
-            column = minute // minutes_a_column
+            column = minute * axis.width // axis.minutes
             row[max(0, column - wider) : column + wider + 1] = _STATES[state][1]
     return np.repeat(row[np.newaxis], _BAND, axis=0)
 

@@ -48,19 +48,23 @@ def test_the_picture_has_one_pixel_per_minute_and_one_colour_per_state(tmp_path:
     assert len({*spy[1:9]}) == len({*spy[66:]} - {(105, 105, 105)}) == 1, "but for the lines of the regular hours"
 
 
-def test_a_session_with_a_night_has_two_minutes_a_pixel_and_shows_the_worse_of_them(
+def test_a_session_with_a_night_is_as_wide_and_a_column_shows_the_worse_of_two_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", DAY.isoformat())
-    bars = spread(collected=[*range(0, 20), 40, 42], repaired=[41])
-    day = PlannedDay(tmp_path, bars, [("SPY", minute) for minute in (*range(0, 20), 40, 41, 42)])
+    bars = spread(collected=[*range(20), 99], corrected=[100, *range(104, 112)])
+    day = PlannedDay(tmp_path, bars, [minute for minute in bars if minute[0] == "SPY"], until=960)
     picture = draw(day, ["SPY"])
-    assert picture.width == 88 + 690 + 20
     spy = row(picture, 2, 2)
-    night = 7 * 60 // 2  # the planned minutes begin at 04:00
-    assert len(set(spy[: night - 1])) == 1, "no bar at night, and no history that says more"
-    assert len(set(spy[night + 1 : night + 9])) == 1
-    assert spy[night + 20] != spy[night + 5], "repaired"
+    assert len(spy) == 960
+
+    def place(minute: int) -> int:
+        return (420 + minute) * 960 // 1380  # the planned minutes begin at 04:00, after seven hours of night
+
+    nothing, collected = spy[0], spy[place(5)]
+    assert set(spy[: place(0) - 1]) == {nothing}
+    assert set(spy[place(0) + 1 : place(19)]) == {collected} != {nothing}
+    assert spy[place(99)] == spy[place(100)] == spy[place(108)] != collected, "corrected"
 
 
 def test_tickers_are_in_groups_the_worst_first(tmp_path: Path) -> None:
