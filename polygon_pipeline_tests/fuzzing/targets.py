@@ -313,6 +313,7 @@ _ENVIRONMENTS = [
             "POLYGON_FLAT_FILES_SECRET": "secret",
             "POLYGON_FLAT_FILES_URL": "https://files.massive.com",
             "POLYGON_HISTORY_START": "2025-01-02",
+            "POLYGON_NIGHT_SESSION_FROM": "2026-12-07",
             "POLYGON_WEBSOCKET_URL": "wss://delayed.massive.com/stocks",
         },
     )
