@@ -4,14 +4,16 @@ Belongs here: how a fetch shows in the UI, what a launch may name, and when the 
 fetching and keeping (datasets.listings).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from polygon_pipeline.datasets.catalog import LISTINGS, TICKER_EVENTS, TICKERS, Listing
+from polygon_pipeline.datasets.catalog import DIVIDENDS, LISTINGS, SPLITS, TICKER_EVENTS, TICKERS, Listing
 from polygon_pipeline.datasets.listings import Fetched, fetch_listing, keep
+from polygon_pipeline.datasets.vendor_factors import compare
 from polygon_pipeline.datasets.wording import count, number, plain
 from polygon_pipeline.defs.describing import describing
 from polygon_pipeline.defs.partitions import URGENT, Project, latest_materialization
@@ -75,6 +77,7 @@ def _asset(listing: Listing, since: date) -> dg.AssetsDefinition:
         config_schema=_CONFIG.get(listing.name),
         pool="history",
         kinds={"python", "parquet"},
+        check_specs=_check_specs(listing),
         description=told["description"],
         group_name=told["group_name"],
         owners=told["owners"],
@@ -82,9 +85,10 @@ def _asset(listing: Listing, since: date) -> dg.AssetsDefinition:
     )
     def fetch(
         context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource
-    ) -> dg.MaterializeResult[None]:
+    ) -> Iterator[dg.MaterializeResult[None]]:
         config: dict[str, Any] = context.op_execution_context.op_config or {}
         metadata: dict[str, Any] = {}
+        results: list[dg.AssetCheckResult] = []
         try:
             with polygon.history() as sources:
                 opened = lake.open()
@@ -101,12 +105,15 @@ def _asset(listing: Listing, since: date) -> dg.AssetsDefinition:
                     fetched = fetch_listing(listing, sources.rest, tickers, since, as_of)
                     for reason in fetched.refused[:_NAMED]:
                         context.log.warning(f"{listing.name}: {reason}")
-                    metadata = _keep(opened, fetched, lake) | ({"as_of": str(as_of)} if listing == TICKERS else {})
+                    file = keep(opened, fetched, lake.scratch())
+                    metadata = _metadata(opened, fetched, file) | ({"as_of": str(as_of)} if listing == TICKERS else {})
+                    if _check_specs(listing):
+                        results = [_checked(opened, listing, file, lake.scratch(), as_of)]
         except (ConfigurationError, LakeError, HistoryRefused) as error:
             raise dg.Failure(str(error), allow_retries=False) from error
         except (HistoryUnavailable, NotYetPublished) as error:
             raise dg.Failure(str(error)) from error
-        return dg.MaterializeResult(metadata=metadata)
+        yield dg.MaterializeResult(metadata=metadata, check_results=results)
 
     return fetch
 
@@ -120,10 +127,38 @@ def _dates(texts: Sequence[str] | None) -> list[date]:
     return found or [datetime.now(calendar.NEW_YORK).date()]
 
 
-def _keep(lake: Lake, fetched: Fetched, resource: LakeResource) -> dict[str, Any]:
-    """Stores a listing; returns what its materialization shows."""
+def _check_specs(listing: Listing) -> list[dg.AssetCheckSpec]:
+    if listing not in (SPLITS, DIVIDENDS):
+        return []
+    return [
+        dg.AssetCheckSpec(
+            "factors_agree",
+            asset=listing.name,
+            description="Each event's own ratio is what follows from the vendor's cumulative factors. Factors of 0 or "
+            "null are told and left out; of dividends those of the last month are compared.",
+        )
+    ]
+
+
+def _checked(lake: Lake, listing: Listing, file: Path, folder: Path, today: date) -> dg.AssetCheckResult:
+    found = compare(lake, listing, file, folder, today)
+    told = {
+        "differences": found.differences,
+        "factors_of_no_use": found.unusable,
+        "records_left_out": found.left_out,
+    }
+    return dg.AssetCheckResult(
+        check_name="factors_agree",
+        passed=not found.differences,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=", ".join(f"{len(sentences)} {name.replace('_', ' ')}" for name, sentences in told.items()),
+        metadata={name: "; ".join(map(plain, sentences[:_NAMED])) or "none" for name, sentences in told.items()},
+    )
+
+
+def _metadata(lake: Lake, fetched: Fetched, file: Path) -> dict[str, Any]:
+    """What a materialization shows. file: as it is stored."""
     name, table = fetched.listing.name, fetched.table
-    file = keep(lake, fetched, resource.scratch())
     preview = {"preview": _preview(fetched)} if table.num_rows else {}
     refused = {"first_left_out": "; ".join(map(plain, fetched.refused[:_NAMED]))} if fetched.refused else {}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
@@ -64,9 +65,13 @@ def instance() -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
+@functools.cache
+def listings_job() -> dg.JobDefinition:
+    return build_defs(PROJECT).get_job_def("listings")
+
+
 def fetch(instance: dg.DagsterInstance, *names: str, **config: Any) -> dg.ExecuteInProcessResult:
-    job = build_defs(PROJECT).get_job_def("listings")
-    return job.execute_in_process(
+    return listings_job().execute_in_process(
         asset_selection=[dg.AssetKey(name) for name in names or NAMES],
         run_config={"ops": {names[0]: {"config": config}}} if config else {},
         instance=instance,
@@ -93,6 +98,30 @@ def test_a_fetch_stores_all_listings_and_shows_what_was_left_out(
     assert "a row is left out" in splits["first_left_out"]
     assert "| META | 2026-01-26 |" in splits["preview"]
     assert "Meta \\| Platforms" in shown(instance, "ticker_events")["preview"]
+
+
+def check_of(instance: dg.DagsterInstance, name: str) -> Any:
+    key = dg.AssetCheckKey(dg.AssetKey(name), "factors_agree")
+    [record] = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
+    assert record.event
+    assert record.event.dagster_event
+    return record.event.dagster_event.asset_check_evaluation_data
+
+
+def test_a_factor_that_differs_is_a_warning_and_one_of_no_use_is_told(
+    instance: dg.DagsterInstance, stored: Lake, vendor: PlannedServer
+) -> None:
+    split = {"ticker": "META", "execution_date": "2026-01-26", "split_from": 1, "split_to": 4}
+    rows = [split | {"historical_adjustment_factor": factor} for factor in (0, 0.25, 0.2)]
+    for row, passed in zip(rows, (True, True, False), strict=True):
+        vendor.plan["/stocks/v1/splits"] = [Answer(body={"results": [row]})]
+        assert fetch(instance, "splits").success
+        found = check_of(instance, "splits")
+        assert found.passed is passed
+        assert found.severity is dg.AssetCheckSeverity.WARN
+        told = {name: value.value for name, value in found.metadata.items()}
+        assert (told["factors_of_no_use"] == "none") is bool(row["historical_adjustment_factor"])
+        assert (told["differences"] == "none") is passed
 
 
 def test_what_the_plan_refuses_is_told_and_costs_only_itself(
@@ -181,10 +210,10 @@ def test_a_launch_cannot_have_a_variable_shown(name: str, instance: dg.DagsterIn
 
 
 def asked(instance: dg.DagsterInstance, at: datetime) -> dg.RunRequest | dg.SkipReason:
-    context = dg.build_schedule_context(
+    with dg.build_schedule_context(
         instance=instance, scheduled_execution_time=at, resources={"polygon": PolygonResource()}
-    )
-    result = listings_schedule(context)
+    ) as context:
+        result = listings_schedule(context)
     assert isinstance(result, dg.RunRequest | dg.SkipReason)
     return result
 
@@ -214,9 +243,7 @@ def test_what_failed_is_asked_for_again_alone_and_not_for_ever(
         assert names(request) == ["dividends"]
         assert isinstance(request, dg.RunRequest)
         keys.add(request.run_key)
-        instance.create_run_for_job(
-            build_defs(PROJECT).get_job_def("listings"), status=dg.DagsterRunStatus.FAILURE, tags=dict(request.tags)
-        )
+        instance.create_run_for_job(listings_job(), status=dg.DagsterRunStatus.FAILURE, tags=dict(request.tags))
     assert len(keys) == 3
     skip = asked(instance, now)
     assert isinstance(skip, dg.SkipReason)
@@ -228,7 +255,7 @@ def test_a_run_that_is_not_finished_is_waited_for(
 ) -> None:
     now = datetime(2026, 1, 27, 6, tzinfo=UTC)
     instance.create_run_for_job(
-        build_defs(PROJECT).get_job_def("listings"),
+        listings_job(),
         status=dg.DagsterRunStatus.STARTED,
         tags={LISTINGS_TAG: "2026-01-26"},
     )
