@@ -21,10 +21,11 @@ from polygon_pipeline.lake.store import open_lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.corporate_actions import Actions, weekly
+from polygon_pipeline.simulator.daily import daily_bars
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.faults import Faults, FaultType
 from polygon_pipeline.simulator.feed import Event
-from polygon_pipeline.simulator.flat_files import flat_file, publish
+from polygon_pipeline.simulator.flat_files import daily_flat_file, flat_file, publish
 from polygon_pipeline.simulator.replay import replay
 from polygon_pipeline.simulator.rest_server import HistoryServer
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
@@ -152,7 +153,10 @@ def _serve_history(
         lake = open_lake(arguments.flat_files, _s3_access)
         lake.claim("simulated")
         for day in calendar.trading_days(calendar.FIRST_SESSION, feed.day)[-max(1, arguments.flat_file_days) :]:
-            publish(lake.store, day, flat_file(feed.market.day_bars(day)))
+            bars, session = feed.market.day_bars(day), calendar.session(day)
+            assert session
+            publish(lake.store, day, flat_file(bars))
+            publish(lake.store, day, daily_flat_file(daily_bars(bars, session), day), "day_aggs_v1")
         variables["POLYGON_FLAT_FILES_URL"] = arguments.flat_files
     return variables
 

@@ -1,4 +1,4 @@
-"""The vendor's flat files: a day's minute bars of the whole market as one gzip CSV, and where it publishes them.
+"""The vendor's flat files: a day's minute bars or day bars of the whole market as one gzip CSV, and where they are.
 
 Belongs here: writing such files for a simulated market. Does not belong here: reading them. Writer and reader share no
 code, so that a misunderstanding of the format is noticed.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import gzip
 import io
-from datetime import date
+from datetime import date, datetime, time
 
 import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
 from obstore.store import ObjectStore
 from pyarrow import csv
+
+from polygon_pipeline.market import calendar
 
 _COLUMNS = ["ticker", "volume", "open", "close", "high", "low", "window_start", "transactions"]
 
@@ -34,11 +36,18 @@ def flat_file(day_bars: pa.Table) -> bytes:
     return content.getvalue()
 
 
-def flat_file_key(day: date) -> str:
+def daily_flat_file(daily: pa.Table, day: date) -> bytes:
+    """The flat file of a day's bars (daily.daily_bars), whose window starts at New York's midnight."""
+    midnight_ms = int(datetime.combine(day, time(), calendar.NEW_YORK).timestamp()) * 1000
+    starts = pa.repeat(pa.scalar(midnight_ms, pa.int64()), daily.num_rows)
+    return flat_file(daily.set_column(daily.column_names.index("start_ms"), "start_ms", starts))
+
+
+def flat_file_key(day: date, folder: str = "minute_aggs_v1") -> str:
     """`us_stocks_sip/minute_aggs_v1/2026/01/2026-01-26.csv.gz`"""
-    return f"us_stocks_sip/minute_aggs_v1/{day:%Y/%m}/{day.isoformat()}.csv.gz"
+    return f"us_stocks_sip/{folder}/{day:%Y/%m}/{day.isoformat()}.csv.gz"
 
 
-def publish(store: ObjectStore, day: date, content: bytes) -> None:
-    """Put the day's file under the vendor's key, replacing an earlier version."""
-    obstore.put(store, flat_file_key(day), content)
+def publish(store: ObjectStore, day: date, content: bytes, folder: str = "minute_aggs_v1") -> None:
+    """Put the day's file under the vendor's key, replacing an earlier version. folder: that, or day_aggs_v1."""
+    obstore.put(store, flat_file_key(day, folder), content)

@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 
 from polygon_pipeline.market import calendar
 from polygon_pipeline.simulator.corporate_actions import Listings
+from polygon_pipeline.simulator.daily import DailyChanges, daily_bars
 from polygon_pipeline.simulator.tickers import is_otc
 
 JsonObject = dict[str, Any]
@@ -159,7 +160,7 @@ class HistoryServer:
     ms; only bars that have ended by then are served. None serves all bars. requests_per_minute: None means no limit.
     minute_seconds: the length of the rate limit's minute; tests make it shorter. faults: the faults to inject; the
     first that is due is applied to a request. seed: for faults with a rate. listings: splits, dividends and tickers;
-    None does not serve them.
+    None does not serve them. daily_changes: in what the vendor's days differ from what their minutes give.
 
     An error in the server itself is answered with status 500, and is raised by stop().
     """
@@ -176,9 +177,11 @@ class HistoryServer:
         faults: Iterable[RestFault] = (),
         seed: int = 0,
         listings: Listings | None = None,
+        daily_changes: DailyChanges | None = None,
     ) -> None:
         self._history = history
         self._listings = listings
+        self._daily_changes = daily_changes
         self._key = key
         self.port = port
         self._clock = clock
@@ -371,10 +374,13 @@ class HistoryServer:
 
     def _grouped(self, day: str, query: dict[str, str]) -> JsonObject:
         session = calendar.session(datetime.fromtimestamp(_parse_time(day, "date")[0] / 1000, calendar.NEW_YORK).date())
-        bars = _as_vendor_json(_daily(self._ended_bars(session.date), session)) if session else []
+        bars = _as_vendor_json(self._daily(session)) if session else []
         if query.get("include_otc") != "true":
             bars = [bar for bar in bars if "otc" not in bar]
         return _response_body(bars, adjusted=_parse_adjusted(query))
+
+    def _daily(self, session: calendar.Session) -> pa.Table:
+        return daily_bars(self._ended_bars(session.date), session, self._daily_changes)
 
     def _ended_bars(self, day: date) -> pa.Table:
         """The day's bars that have ended by now."""
@@ -416,20 +422,6 @@ def _in_time_range(bars: pa.Table, first_ms: int, end_ms: int) -> pa.Table:
     """The bars that start from first_ms until before end_ms."""
     first, end = np.searchsorted(bars["start_ms"].to_numpy(), (first_ms, end_ms)).tolist()
     return bars.slice(first, end - first)
-
-
-def _daily(bars: pa.Table, session: calendar.Session) -> pa.Table:
-    """One row per ticker for the session's regular hours; like the vendor's, its start_ms is the end of those hours."""
-    open_ms, close_ms = (int(at.timestamp() * 1000) for at in (session.open, session.close))
-    regular = _in_time_range(bars, open_ms, close_ms)
-    regular = regular.append_column("turnover", pc.multiply(regular["vwap"], regular["volume"])).drop_columns("vwap")
-    functions = {"open": "first", "high": "max", "low": "min", "close": "last"}
-    functions |= dict.fromkeys(("volume", "transactions", "turnover"), "sum")
-    # In one thread, because first and last depend on the order of the rows.
-    daily = regular.group_by("ticker", use_threads=False).aggregate(list(functions.items()))
-    daily = daily.rename_columns({f"{name}_{function}": name for name, function in functions.items()})
-    vwap = pc.round(pc.divide(daily["turnover"], daily["volume"]), 4)
-    return daily.append_column("vwap", vwap).append_column("start_ms", pa.repeat(close_ms, daily.num_rows))
 
 
 def _as_vendor_json(bars: pa.Table) -> list[JsonObject]:

@@ -10,7 +10,9 @@ import duckdb
 import pyarrow as pa
 
 from polygon_pipeline.lake.store import Lake
-from polygon_pipeline.simulator.flat_files import flat_file, publish
+from polygon_pipeline.market import calendar
+from polygon_pipeline.simulator.daily import daily_bars
+from polygon_pipeline.simulator.flat_files import daily_flat_file, flat_file, publish
 from polygon_pipeline.simulator.synthetic import SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
 from polygon_pipeline_tests.support.bars import DAY
@@ -57,6 +59,22 @@ def test_a_published_file_has_the_vendors_key_and_may_be_replaced(lake: Lake) ->
     for content in (b"early", b"corrected"):
         publish(lake.store, date(2026, 1, 6), content)
         assert lake.get("us_stocks_sip/minute_aggs_v1/2026/01/2026-01-06.csv.gz") == content
+
+
+def test_a_days_file_has_a_row_per_ticker_that_starts_at_new_yorks_midnight_and_a_folder_of_its_own(
+    file_lake: Lake,
+) -> None:
+    session = calendar.session(DAY)
+    assert session
+    days = daily_bars(MARKET.day_bars(DAY), session)
+    content = daily_flat_file(days, DAY)
+    publish(file_lake.store, DAY, content, "day_aggs_v1")
+    assert file_lake.get("us_stocks_sip/day_aggs_v1/2026/01/2026-01-26.csv.gz") == content
+    header, *lines = gzip.decompress(content).decode().splitlines()
+    assert header == "ticker,volume,open,close,high,low,window_start,transactions"
+    rows = [line.split(",") for line in lines]
+    assert [(row[0], float(row[3])) for row in rows] == [(day["ticker"], day["close"]) for day in days.to_pylist()]
+    assert {row[6] for row in rows} == {"1769403600000000000"}  # 2026-01-26 05:00 UTC
 
 
 def test_the_file_of_a_day_without_bars_has_only_the_header() -> None:

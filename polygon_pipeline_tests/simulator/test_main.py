@@ -46,7 +46,9 @@ def test_the_command_prints_its_addresses_and_ends_on_a_signal(number: signal.Si
         assert len(history.get_aggs("AAPL", 1, "minute", "2026-01-23", "2026-01-23")) == 960
         assert history.get_aggs("AAPL", 1, "minute", "2026-01-26", "2026-01-26") == [], "the day has not started yet"
         assert variables["POLYGON_FLAT_FILES_URL"] == tmp_path.as_uri()
-        assert [path.name for path in sorted(tmp_path.rglob("*.gz"))] == ["2026-01-23.csv.gz", "2026-01-26.csv.gz"]
+        for folder in ("minute_aggs_v1", "day_aggs_v1"):
+            published = sorted((tmp_path / "us_stocks_sip" / folder).rglob("*.gz"))
+            assert [path.name for path in published] == ["2026-01-23.csv.gz", "2026-01-26.csv.gz"]
         os.kill(process.pid, number)
         assert process.wait(30) == 0
         guard.cancel()

@@ -68,17 +68,20 @@ def true_bars(ticker: str, *days: date) -> Bars:
 
 
 def true_daily(ticker: str, day: date) -> JsonObject:
-    """One ticker's daily bar of regular hours, computed from its minute bars."""
+    """One ticker's day as the vendor has it, computed from its minute bars: the closing auction is the close, and
+    trades outside regular hours count in the shares alone."""
     session = calendar.session(day)
     assert session
     open_ms, close_ms = session.open.timestamp() * 1000, session.close.timestamp() * 1000
-    bars = [bar for bar in true_bars(ticker, day) if open_ms <= bar["t"] < close_ms]
+    bars = true_bars(ticker, day)
+    regular = [bar for bar in bars if open_ms <= bar["t"] < close_ms]
+    [close] = [bar["o"] for bar in bars if bar["t"] == close_ms] or [regular[-1]["c"]]
     volume = sum(bar["v"] for bar in bars)
     return {
-        "open": bars[0]["o"],
-        "high": max(bar["h"] for bar in bars),
-        "low": min(bar["l"] for bar in bars),
-        "close": bars[-1]["c"],
+        "open": regular[0]["o"],
+        "high": max(close, *(bar["h"] for bar in regular)),
+        "low": min(close, *(bar["l"] for bar in regular)),
+        "close": close,
         "volume": pytest.approx(volume),
         "vwap": pytest.approx(sum(bar["vw"] * bar["v"] for bar in bars) / volume, abs=1e-4),
         "transactions": sum(bar["n"] for bar in bars),
@@ -187,7 +190,7 @@ def test_only_bars_that_have_ended_are_served() -> None:
             assert listed(server, f"/v2/aggs/ticker/AAPL/range/1/minute/{FRIDAY}/{DAY}") == expected
 
 
-def test_grouped_daily_bars_cover_the_regular_hours_of_the_whole_market() -> None:
+def test_grouped_daily_bars_are_the_vendors_days_of_the_whole_market() -> None:
     session = calendar.session(DAY)
     assert session
     with HistoryServer(MARKET.day_bars) as server:
@@ -202,6 +205,15 @@ def test_grouped_daily_bars_cover_the_regular_hours_of_the_whole_market() -> Non
         assert by_ticker[ticker] == GroupedDailyAgg(ticker=ticker, **true_daily(ticker, DAY), timestamp=close_ms)
     assert by_ticker["TCEHY"].otc
     assert by_ticker.keys() - {bar.ticker for bar in without_otc} == {"TCEHY"}
+
+
+def test_planned_changes_of_a_day_are_served_and_no_minute_shows_them() -> None:
+    changes = {("AAPL", DAY): {"close": 1.5}, ("BRK.B", DAY): None}
+    with HistoryServer(MARKET.day_bars, daily_changes=changes) as server:
+        days = RESTClient("k", base=server.url).get_grouped_daily_aggs(DAY)
+        assert listed(server, f"/v2/aggs/ticker/AAPL/range/1/minute/{DAY}/{DAY}") == true_bars("AAPL", DAY)[:5000]
+    assert isinstance(days, list)
+    assert {day.ticker: day.close for day in days if day.ticker in ("AAPL", "BRK.B")} == {"AAPL": 1.5}
 
 
 # Errors
