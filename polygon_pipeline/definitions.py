@@ -10,7 +10,7 @@ import dagster as dg
 from dagster_aws.s3 import S3Resource
 
 from polygon_pipeline import defs as project_defs
-from polygon_pipeline.datasets.catalog import FOLLOWING, REFERENCE_BARS
+from polygon_pipeline.datasets.catalog import FOLLOWING, REFERENCES
 from polygon_pipeline.defs import following, in_force
 from polygon_pipeline.defs.assets import dataset_assets
 from polygon_pipeline.defs.io_manager import ParquetIOManager
@@ -56,7 +56,7 @@ def _jobs(project: Project) -> list[dg.UnresolvedAssetJobDefinition]:
         # A schedule's runs are all of one job.
         dg.define_asset_job(
             "catch_up",
-            selection=[REFERENCE_BARS.name, *datasets],
+            selection=[*(dataset.name for dataset in REFERENCES), *datasets],
             description="Makes what is missing or out of date. Started by catch_up_schedule.",
         ),
     ]

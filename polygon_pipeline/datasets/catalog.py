@@ -31,8 +31,9 @@ class Column:
 class Dataset:
     """One dataset, partitioned by trading day.
 
-    inputs: the datasets it is made of. columns: what its files are held against; none for what the collector keeps as
-    raw JSON. interval_minutes: the width of a resampled bar.
+    inputs: the datasets it is made of; where some of them come from outside, one of these is enough. required: of
+    these, the ones without which it cannot be made. columns: what its files are held against; none for what the
+    collector keeps as raw JSON. interval_minutes: the width of a resampled bar.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Dataset:
     inputs: tuple[Dataset, ...] = ()
     columns: tuple[Column, ...] = ()
     interval_minutes: int | None = None
+    required: tuple[Dataset, ...] = ()
 
     def schema(self) -> pa.Schema:
         """The columns as Arrow has them, each with its description as metadata."""
@@ -127,6 +129,28 @@ REFERENCE_BARS = Dataset(
     ),
 )
 
+REFERENCE_DAILY_BARS = Dataset(
+    "reference_daily_bars",
+    Channel.MINUTE,
+    "The vendor's own bar of each ticker's day, the whole market in one request: the day's flat file where there are "
+    "credentials for it, else the grouped daily endpoint. A day that is not published yet is not materialized. Gives "
+    "daily_bars its official_close, and daily_differences what ours is held against.",
+    columns=(
+        _TICKER,
+        _DATE,
+        Column("open", "double", "The day's open by the vendor"),
+        Column("high", "double", "The day's high by the vendor, without trades outside regular hours"),
+        Column("low", "double", "The day's low by the vendor, without trades outside regular hours"),
+        Column("close", "double", "The day's close by the vendor: the closing auction's where there was one"),
+        Column("volume", "double", "Shares of the day by the vendor, with extended hours where it counts them"),
+        Column("vwap", "double", "The day's VWAP by the vendor; null from flat files"),
+        Column("transactions", "int64", "Trades in the day"),
+        Column("otc", "bool", "Whether the ticker trades over the counter; null from flat files"),
+        Column("received_at", "timestamp", "When it was asked for (REST) or the file last modified (flat file)"),
+        Column("source", "string", "rest or flat_file"),
+    ),
+)
+
 _NORMALIZED = (
     _TICKER,
     Column("timestamp", "timestamp", "Start of the bar's window"),
@@ -181,8 +205,8 @@ BARS_1H = _resampled("bars_1h", 60, "Hourly bars, aligned to the clock.")
 DAILY_BARS = Dataset(
     "daily_bars",
     Channel.MINUTE,
-    "One row per ticker: regular-hours OHLCV and VWAP, extended-hours volume, official open.",
-    inputs=(NORMALIZED_BARS,),
+    "One row per ticker: regular-hours OHLCV and VWAP, extended-hours volume, official open and close.",
+    inputs=(NORMALIZED_BARS, REFERENCE_DAILY_BARS),
     columns=(
         _TICKER,
         _DATE,
@@ -194,6 +218,8 @@ DAILY_BARS = Dataset(
         Column("first_bar", "timestamp", "Start of the first regular-hours bar; null if there was none"),
         Column("last_bar", "timestamp", "Start of the last regular-hours bar; null if there was none"),
         Column("official_open", "double", "The day's official open as the feed reported it; null where it did not"),
+        Column("official_close", "double", "The close of the vendor's own day bar; null where there is none yet"),
+        Column("official_close_source", "string", "vendor_daily: reference_daily_bars; null without official_close"),
         Column("day_state", "string", "collecting, partial, complete or final: how much of the day this row knows"),
     ),
 )
@@ -260,6 +286,28 @@ SESSION_REPORT = Dataset(
         Column("late_minutes", "int64", "As in bar_coverage"),
         Column("share", "double", "Of the traded minutes, those that the bars have, 0 to 1; null where none is known"),
         Column("day_state", "string", "collecting, partial, complete or final: how much of the day this row knows"),
+    ),
+)
+
+DAILY_DIFFERENCES = Dataset(
+    "daily_differences",
+    Channel.MINUTE,
+    "Where daily_bars and the vendor's own day differ: one row per ticker and field, with the reason where the day's "
+    "minutes show it. A day that agrees everywhere has no rows. Made once reference_daily_bars has the day.",
+    inputs=(NORMALIZED_BARS, DAILY_BARS, REFERENCE_BARS, REFERENCE_DAILY_BARS),
+    required=(REFERENCE_DAILY_BARS,),
+    columns=(
+        _TICKER,
+        _DATE,
+        Column("field", "string", "open, high, low, close, volume or vwap"),
+        Column("ours", "double", "The value of daily_bars; null where we have no regular-hours bar"),
+        Column("theirs", "double", "The value of reference_daily_bars; null where the vendor has no bar of the day"),
+        Column(
+            "reason",
+            "string",
+            "official_open, closing_auction, extended_hours, missing_bars, corrected_bars, extra_bars, several of "
+            "these joined by ` + `, or unexplained; only what gives the vendor's value exactly counts as shown",
+        ),
     ),
 )
 
@@ -352,6 +400,7 @@ DATASETS = (
     RAW_BARS,
     RAW_SECOND_BARS,
     REFERENCE_BARS,
+    REFERENCE_DAILY_BARS,
     NORMALIZED_BARS,
     NORMALIZED_SECOND_BARS,
     BARS_5M,
@@ -359,9 +408,13 @@ DATASETS = (
     BARS_30M,
     BARS_1H,
     DAILY_BARS,
+    DAILY_DIFFERENCES,
     BAR_COVERAGE,
     SESSION_REPORT,
 )
+
+# What the vendor says of a day, fetched and not made.
+REFERENCES = (REFERENCE_BARS, REFERENCE_DAILY_BARS)
 
 RAW = {dataset.channel: dataset for dataset in (RAW_BARS, RAW_SECOND_BARS)}
 NORMALIZED = {dataset.channel: dataset for dataset in (NORMALIZED_BARS, NORMALIZED_SECOND_BARS)}

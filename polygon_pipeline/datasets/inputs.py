@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
 
-from polygon_pipeline.datasets.catalog import REFERENCE_BARS
+from polygon_pipeline.datasets.catalog import REFERENCE_BARS, Dataset
 from polygon_pipeline.datasets.merge import Merge
 from polygon_pipeline.datasets.normalize import NoBars, Normalization
 from polygon_pipeline.datasets.reference import ReferenceInfo, UnreadableReference, read_reference_info
@@ -98,19 +98,22 @@ def _maybe_revised(
     return frozenset(bar for bar, written in objects.items() if last and written > last)
 
 
-def fetch_reference(lake: Lake, day: date, folder: Path, unreadable: dict[str, str] | None = None) -> Path | None:
+def fetch_reference(
+    lake: Lake, day: date, folder: Path, unreadable: dict[str, str] | None = None, dataset: Dataset = REFERENCE_BARS
+) -> Path | None:
     """The day's reference as a local file, or None where the lake has none that can be read.
 
-    unreadable: gets the key of one that cannot be read, with the reason.
+    unreadable: gets the key of one that cannot be read, with the reason. dataset: reference_bars or
+    reference_daily_bars.
     """
     try:
-        file = fetch_dataset(lake, REFERENCE_BARS.name, day.isoformat(), folder)
-        read_reference_info(file)
+        file = fetch_dataset(lake, dataset.name, day.isoformat(), folder)
+        read_reference_info(file, dataset)
     except MissingDataset:
         return None
     except UnreadableReference as error:
         if unreadable is not None:
-            unreadable[layout.dataset_key(REFERENCE_BARS.name, day.isoformat())] = str(error)
+            unreadable[layout.dataset_key(dataset.name, day.isoformat())] = str(error)
         return None
     return file
 

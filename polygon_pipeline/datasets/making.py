@@ -22,6 +22,7 @@ from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.coverage import Coverage, totals, worst_first
 from polygon_pipeline.datasets.day_state import DayStatus, day_status
+from polygon_pipeline.datasets.differences import Differences
 from polygon_pipeline.datasets.inputs import RawDay, RawInputs, fetch_raw, fetch_reference, normalize_day
 from polygon_pipeline.datasets.normalize import NoBars
 from polygon_pipeline.datasets.pictures import candles, market_day, session_minutes
@@ -33,7 +34,7 @@ from polygon_pipeline.datasets.report import Report, Reporting, day_gaps, in_rea
 from polygon_pipeline.datasets.resample import Resampling
 from polygon_pipeline.datasets.session import DuckSession
 from polygon_pipeline.lake.dataset_files import MissingDataset, fetch_dataset
-from polygon_pipeline.lake.ledger import DayLedgers, connected_minutes, read_ledgers, subscribed_tickers
+from polygon_pipeline.lake.ledger import DayLedgers, Ledger, connected_minutes, read_ledgers, subscribed_tickers
 from polygon_pipeline.lake.store import Lake
 
 
@@ -70,12 +71,14 @@ class FailedDay(NamedTuple):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What was fetched for a day. raw: where the day is normalized; bars: where it was before."""
+    """What was fetched for a day. raw: where the day is normalized; bars: where it was before. vendor_day: its
+    reference_daily_bars, where they are there and wanted."""
 
     folder: Path
     raw: RawInputs | None
     bars: Path | None
     reference: Path | None
+    vendor_day: Path | None
     ledgers: DayLedgers
 
 
@@ -137,14 +140,19 @@ def current_status(lake: Lake, day: date, folder: Path, now: datetime, live_run:
 def _fetch(lake: Lake, day: date, wanted: Sequence[Dataset], folder: Path) -> _Inputs:
     folder.mkdir()
     normalized = catalog.NORMALIZED[wanted[0].channel]
+    vendor_day = None
+    if any(catalog.REFERENCE_DAILY_BARS in dataset.inputs for dataset in wanted):
+        vendor_day = fetch_reference(lake, day, folder, dataset=catalog.REFERENCE_DAILY_BARS)
+    if vendor_day is None and [*wanted] == [catalog.DAILY_DIFFERENCES]:
+        raise MissingDataset(f"{day} has no {catalog.REFERENCE_DAILY_BARS.name} to hold daily_bars against")
     if normalized in wanted:
         raw = fetch_raw(lake, day, normalized.channel, folder)
-        return _Inputs(folder, raw, None, raw.reference, read_ledgers(lake, day))
+        return _Inputs(folder, raw, None, raw.reference, vendor_day, read_ledgers(lake, day))
     bars = fetch_dataset(lake, normalized.name, day.isoformat(), folder)
     if errors := schema_errors(bars, normalized):
         raise WrongSchema(f"{normalized.name} of {day} cannot be used: {'; '.join(errors)}. Materialize it again.")
     reference = fetch_reference(lake, day, folder)
-    return _Inputs(folder, None, bars, reference, read_ledgers(lake, day))
+    return _Inputs(folder, None, bars, reference, vendor_day, read_ledgers(lake, day))
 
 
 def _make(
@@ -171,14 +179,26 @@ def _make(
         yield MadeDataset(day, catalog.NORMALIZED[inputs.raw.channel], bars, status, facts, picture)
     assert bars is not None
     derived = [dataset for dataset in wanted if dataset in catalog.DERIVED]
-    if derived:
-        with Resampling(day, bars, session, status.state) as resampling:
+    compared = inputs.vendor_day is not None and catalog.DAILY_DIFFERENCES in wanted
+    daily = folder / f"{catalog.DAILY_BARS.name}.parquet"
+    if derived or compared:
+        with Resampling(day, bars, session, status.state, inputs.vendor_day) as resampling:
+            if compared:
+                resampling.write(catalog.DAILY_BARS, daily)
             for dataset in derived:
                 target = folder / f"{dataset.name}.parquet"
-                resampling.write(dataset, target)
+                if not (compared and target == daily):
+                    resampling.write(dataset, target)
                 is_drawn = drawn and dataset == catalog.DAILY_BARS
                 picture = market_day.draw(day, target, bars, session) if is_drawn else None
                 yield MadeDataset(day, dataset, target, status, {}, picture)
+    if compared:
+        assert inputs.vendor_day is not None
+        target = folder / f"{catalog.DAILY_DIFFERENCES.name}.parquet"
+        asked = _asked_tickers(ledgers, inputs.reference)
+        with Differences(day, daily, inputs.vendor_day, bars, inputs.reference, asked, session) as differences:
+            agreement = differences.write(target)
+        yield MadeDataset(day, catalog.DAILY_DIFFERENCES, target, status, agreement.facts())
     if catalog.BAR_COVERAGE in wanted or catalog.SESSION_REPORT in wanted:
         target = folder / "coverage.parquet"
         with Coverage(
@@ -203,6 +223,15 @@ def _make(
             report = reporting.report(file, ledgers, gaps)
         picture = session_minutes.draw(day, bars, gaps, in_real_time(ledgers), session) if drawn else None
         yield MadeDataset(day, catalog.SESSION_REPORT, file, status, {}, picture, report)
+
+
+def _asked_tickers(ledgers: Sequence[Ledger], reference: Path | None) -> Sequence[str] | None:
+    """The tickers that a collector or the history was asked for; None for the whole market."""
+    info = read_reference_info(reference) if reference else None
+    subscribed = subscribed_tickers(ledgers) if ledgers else []
+    if subscribed is None or (info and info.tickers is None and not ledgers):
+        return None
+    return [*subscribed, *(info.tickers or () if info else ())]
 
 
 def _heat_map(day: date, coverage: Coverage, file: Path, gaps: Sequence[Span]) -> bytes:

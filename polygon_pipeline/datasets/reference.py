@@ -14,13 +14,13 @@ from pathlib import Path
 import duckdb
 import msgspec
 
-from polygon_pipeline.datasets.catalog import REFERENCE_BARS
+from polygon_pipeline.datasets.catalog import REFERENCE_BARS, Dataset
 from polygon_pipeline.datasets.quality import schema_errors
 from polygon_pipeline.datasets.session import INVALID, DuckSession
 from polygon_pipeline.lake.archive import unpacked
 from polygon_pipeline.market.calendar import day_bounds_ms
-from polygon_pipeline.polygon.flat_files import FLAT_FILE_COLUMNS
-from polygon_pipeline.polygon.rest import Page
+from polygon_pipeline.polygon.flat_files import FLAT_FILE_COLUMNS, FlatFileKind
+from polygon_pipeline.polygon.rest import DayAnswer, Page
 from polygon_pipeline.polygon.sql import FLAT_FILE_START_MS, HISTORY_BAR_COLUMNS, HISTORY_BARS_TYPE
 
 # A bar without these is no bar: better no reference than one that says less than it seems to. In one CASE, because
@@ -44,6 +44,41 @@ _FROM_FLAT_FILE = f"""
     WHERE {_IF_WHOLE.format(wanted="start_ms >= $first_ms AND start_ms < $after_ms")}
     ORDER BY ticker, start_ms
 """
+
+# Of two bars of a ticker's day the one with more volume knows more; there should be none.
+_ONE_A_TICKER = """
+    QUALIFY row_number() OVER (
+        PARTITION BY ticker ORDER BY volume DESC, transactions DESC, start_ms, open, high, low, close
+    ) = 1
+    ORDER BY ticker
+"""
+
+_FINITE = "CASE WHEN isfinite({0}) THEN {0} ELSE error('a bar of ' || ticker || ' has an infinite {0}') END AS {0}"
+
+_DAYS_FROM_FLAT_FILE = f"""
+    SELECT
+        ticker, $day AS date, {", ".join(_FINITE.format(name) for name in ("open", "high", "low", "close", "volume"))},
+        CAST(NULL AS DOUBLE) AS vwap, transactions, CAST(NULL AS BOOLEAN) AS otc, $received_at AS received_at,
+        'flat_file' AS source
+    FROM (
+        SELECT *, {FLAT_FILE_START_MS} AS start_ms
+        FROM read_csv($file, auto_detect = false, header = true, columns = $columns)
+    )
+    WHERE {_IF_WHOLE.format(wanted="start_ms >= $first_ms AND start_ms < $after_ms")}
+    {_ONE_A_TICKER}
+"""
+
+# `t` is the end of the window here, which may be midnight.
+_DAYS_FROM_ANSWER = f"""
+    SELECT
+        ticker, $day AS date, open, high, low, close, volume, vwap, transactions, otc, $received_at AS received_at,
+        'rest' AS source
+    FROM answer
+    WHERE start_ms > $first_ms AND start_ms <= $after_ms
+    {_ONE_A_TICKER}
+"""
+
+_FLAT_FILE_ROWS = {FlatFileKind.MINUTES: _FROM_FLAT_FILE, FlatFileKind.DAYS: _DAYS_FROM_FLAT_FILE}
 
 # The lines that page_line() makes.
 _READ_PAGES = f"""
@@ -71,8 +106,6 @@ _FROM_PAGES = """
     ORDER BY ticker, start_ms
 """
 
-_COMPARED = "ticker, timestamp, open, high, low, close, volume, vwap, transactions, source"
-
 
 class UnreadableReference(Exception):
     """What was fetched cannot be made a reference of; fetching the same again cannot help."""
@@ -92,9 +125,15 @@ class ReferenceInfo(msgspec.Struct, frozen=True):
 
 
 def from_flat_file(
-    day: date, file: Path, last_modified: datetime, etag: str | None, target: Path, folder: Path
+    day: date,
+    file: Path,
+    last_modified: datetime,
+    etag: str | None,
+    target: Path,
+    folder: Path,
+    kind: FlatFileKind = FlatFileKind.MINUTES,
 ) -> None:
-    """Writes a day's reference from the vendor's CSV (.csv.gz).
+    """Writes a day's reference_bars, or of day bars its reference_daily_bars, from the vendor's CSV (.csv.gz).
 
     folder: an empty local folder. Raises UnreadableReference if the file is damaged, has other columns than
     FLAT_FILE_COLUMNS, or no bar of the day.
@@ -119,13 +158,37 @@ def from_flat_file(
         "received_at": last_modified,
         "first_ms": first_ms,
         "after_ms": after_ms,
+        **({"day": day} if kind is FlatFileKind.DAYS else {}),
     }
     info = ReferenceInfo("flat_file", None, after_ms, etag)
     with DuckSession(folder) as session, _readable(str(file)):
-        rows = session.copy(_FROM_FLAT_FILE, target, parameters, _metadata(info))
+        rows = session.copy(_FLAT_FILE_ROWS[kind], target, parameters, _metadata(info))
     plain.unlink()
     if not rows:
         raise UnreadableReference(f"{file} has no bar of {day}; is it another day's file?")
+
+
+def from_day_answer(day: date, answer: DayAnswer, target: Path, folder: Path) -> None:
+    """Writes a day's reference_daily_bars from the whole market's answer by REST.
+
+    folder: an empty local folder. Raises UnreadableReference if none of its bars is of the day.
+    """
+    import pyarrow as pa
+
+    names = ("ticker", "start_ms", "open", "high", "low", "close", "volume", "vwap", "transactions", "otc")
+    types = ("string", "int64", *["float64"] * 6, "int64", "bool")
+    columns = {
+        name: pa.array([getattr(bar, name) for bar in answer.bars], kind)
+        for name, kind in zip(names, types, strict=True)
+    }
+    first_ms, after_ms = day_bounds_ms(day)
+    parameters = {"day": day, "received_at": answer.fetched_at, "first_ms": first_ms, "after_ms": after_ms}
+    with DuckSession(folder) as session:
+        session.connection.register("answer", pa.table(columns))
+        info = ReferenceInfo("rest", None, after_ms, None)
+        rows = session.copy(_DAYS_FROM_ANSWER, target, parameters, _metadata(info))
+    if not rows:
+        raise UnreadableReference(f"the vendor's answer for {day} has {len(answer.bars)} bars, and none is of that day")
 
 
 def page_line(page: Page) -> bytes:
@@ -167,11 +230,12 @@ class Pages(DuckSession):
         self.copy(_FROM_PAGES, target, parameters, _metadata(info))
 
 
-def read_reference_info(file: Path) -> ReferenceInfo:
-    """What a reference file says of itself. Raises UnreadableReference if it is no reference file."""
+def read_reference_info(file: Path, dataset: Dataset = REFERENCE_BARS) -> ReferenceInfo:
+    """What a reference file says of itself. dataset: reference_bars or reference_daily_bars. Raises UnreadableReference
+    if it is no such file."""
     import pyarrow.parquet as pq
 
-    if errors := schema_errors(file, REFERENCE_BARS):
+    if errors := schema_errors(file, dataset):
         raise UnreadableReference(f"{file} is no reference file: {'; '.join(errors)}")
     content = (pq.read_metadata(file).metadata or {}).get(b"reference")
     if content is None:
@@ -182,18 +246,19 @@ def read_reference_info(file: Path) -> ReferenceInfo:
         raise UnreadableReference(f"{file} has key-value metadata `reference` that cannot be read: {error}") from error
 
 
-def same_bars(old: Path, new: Path) -> bool:
+def same_bars(old: Path, new: Path, dataset: Dataset = REFERENCE_BARS) -> bool:
     """Whether two reference files say the same, whenever they were received. A damaged one says nothing."""
+    compared = ", ".join(column.name for column in dataset.columns if column.name != "received_at")
 
     def known(file: Path) -> ReferenceInfo:
-        return msgspec.structs.replace(read_reference_info(file), etag=None)
+        return msgspec.structs.replace(read_reference_info(file, dataset), etag=None)
 
     if known(old) != known(new):
         return False
     # Rows are unique, so with as many of them one direction is enough.
     query = f"""
         SELECT (SELECT count(*) FROM read_parquet($old)) = (SELECT count(*) FROM read_parquet($new)) AND NOT EXISTS (
-            SELECT {_COMPARED} FROM read_parquet($old) EXCEPT SELECT {_COMPARED} FROM read_parquet($new)
+            SELECT {compared} FROM read_parquet($old) EXCEPT SELECT {compared} FROM read_parquet($new)
         )
     """
     with DuckSession() as session, contextlib.suppress(duckdb.Error):

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 from polygon_pipeline.datasets import reference
+from polygon_pipeline.datasets.catalog import REFERENCE_BARS, REFERENCE_DAILY_BARS
 from polygon_pipeline.datasets.inputs import fetch_reference
 from polygon_pipeline.lake.ledger import market_time, read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.calendar import day_bounds_ms, session, trading_days
 from polygon_pipeline.market.hours import filed_by_night_from
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
-from polygon_pipeline.polygon.flat_files import expected_at, fetch_flat_file
+from polygon_pipeline.polygon.flat_files import FlatFileKind, expected_at, fetch_flat_file
 from polygon_pipeline.polygon.rest import Page, RestHistory, seconds_left
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ _SWEPT_AFTER = timedelta(days=1)
 # Longer than anyone would wait for: a whole market by a free plan's requests.
 LONGEST_SECONDS = 12 * 3600.0
 _REPORT_EVERY_SECONDS = 30.0
+# A day that the vendor has not yet is asked for again after so long.
+_LATE_RETRY = timedelta(hours=1)
+_OF_KIND = {FlatFileKind.MINUTES: REFERENCE_BARS, FlatFileKind.DAYS: REFERENCE_DAILY_BARS}
 _NAMED = 5
 
 
@@ -63,13 +67,16 @@ class Sources:
 class FetchedDay(NamedTuple):
     """A day of the reference. file: local, until the next day is asked for. is_new: whether it says something else than
     the lake's file, or the lake has none: then it is to be stored. refused: the tickers that the vendor refused, each
-    with the reason."""
+    with the reason. published_at: when a new flat file was put there; is_replacement: whether in place of one that we
+    had."""
 
     day: date
     file: Path
     info: reference.ReferenceInfo
     is_new: bool
     refused: Mapping[str, str] = MappingProxyType({})
+    published_at: datetime | None = None
+    is_replacement: bool = False
 
 
 class UnfetchedDay(NamedTuple):
@@ -114,17 +121,69 @@ def fetch_days(
             yield from (UnfetchedDay(day, problem) for day in span)
 
 
-def _from_flat_file(lake: Lake, day: date, store: ObjectStore, folder: Path, now: datetime) -> FetchedDay:
-    old = fetch_reference(lake, day, folder)  # one that cannot be read is as good as none: it is replaced
-    info = reference.read_reference_info(old) if old else None
+def fetch_daily_days(
+    lake: Lake, days: Sequence[date], sources: Sources, folder: Path, now: datetime, report: Callable[[str], object]
+) -> Iterator[FetchedDay | UnfetchedDay]:
+    """Fetches the vendor's day bars of trading days, as fetch_days fetches the minutes: from flat files where there are
+    credentials for them, else one request a day for the whole market."""
+    for day in sorted(days):
+        scratch = _new(folder, day)
+        try:
+            if sources.flat_files is not None:
+                yield _from_flat_file(lake, day, sources.flat_files, scratch, now, FlatFileKind.DAYS)
+            else:
+                yield _day_from_rest(lake, day, sources.rest, scratch, now, report)
+        except _PROBLEMS as problem:
+            yield UnfetchedDay(day, problem)
+
+
+def _day_from_rest(
+    lake: Lake, day: date, rest: RestHistory, folder: Path, now: datetime, report: Callable[[str], object]
+) -> FetchedDay:
+    found = session(day)
+    if found and not _is_over(day, market_time(read_ledgers(lake, day).ledgers, now)):
+        raise NotYetPublished(f"{day} is not over, so the vendor has no bar of it yet.", found.post_close + SETTLED)
+    answer = rest.daily_bars(day)
+    if answer.refused:
+        report(f"{day}: {len(answer.refused)} day bars are left out, such as {answer.refused[0]}")
+    if not answer.bars:
+        raise NotYetPublished(f"The vendor has no day bars of {day} yet.", now + _LATE_RETRY)
+    made = folder / "made.parquet"
+    reference.from_day_answer(day, answer, made, folder)
+    old = fetch_reference(lake, day, folder, dataset=REFERENCE_DAILY_BARS)
+    if old and reference.same_bars(old, made, REFERENCE_DAILY_BARS):
+        return FetchedDay(day, old, reference.read_reference_info(old, REFERENCE_DAILY_BARS), is_new=False)
+    return FetchedDay(day, made, reference.read_reference_info(made, REFERENCE_DAILY_BARS), is_new=True)
+
+
+def _from_flat_file(
+    lake: Lake,
+    day: date,
+    store: ObjectStore,
+    folder: Path,
+    now: datetime,
+    kind: FlatFileKind = FlatFileKind.MINUTES,
+) -> FetchedDay:
+    dataset = _OF_KIND[kind]
+    # One that cannot be read is as good as none: it is replaced.
+    old = fetch_reference(lake, day, folder, dataset=dataset)
+    info = reference.read_reference_info(old, dataset) if old else None
     packed, made = folder / "flat-file.csv.gz", folder / "made.parquet"
-    found = fetch_flat_file(store, day, packed, known_etag=info.etag if info else None, now=now)
+    known_etag = info.etag if info else None
+    found = fetch_flat_file(store, day, packed, known_etag=known_etag, now=now, kind=kind)
     if found is None:
         assert old
         assert info
         return FetchedDay(day, old, info, is_new=False)
-    reference.from_flat_file(day, packed, found.last_modified, found.etag, made, folder)
-    return FetchedDay(day, made, reference.read_reference_info(made), is_new=True)
+    reference.from_flat_file(day, packed, found.last_modified, found.etag, made, folder, kind)
+    return FetchedDay(
+        day,
+        made,
+        reference.read_reference_info(made, dataset),
+        is_new=True,
+        published_at=found.last_modified,
+        is_replacement=known_etag is not None,
+    )
 
 
 def _from_rest(

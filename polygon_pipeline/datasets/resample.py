@@ -85,12 +85,14 @@ _DAILY = f"""
         min(first_bar) {_REGULAR} AS first_bar,
         max(last_bar) {_REGULAR} AS last_bar,
         any_value(official_open) AS official_open,
+        any_value(official_close) AS official_close,
+        CASE WHEN any_value(official_close) IS NOT NULL THEN 'vendor_daily' END AS official_close_source,
         $day_state AS day_state
     FROM buckets LEFT JOIN (
         SELECT ticker, arg_max(day_open, timestamp) FILTER (WHERE day_open IS NOT NULL) AS official_open
         FROM normalized
         GROUP BY ticker
-    ) USING (ticker)
+    ) USING (ticker) LEFT JOIN vendor_day USING (ticker)
     GROUP BY ticker
     ORDER BY ticker
 """
@@ -99,16 +101,24 @@ _DAILY = f"""
 class Resampling(DuckSession):
     """One day's normalized minute bars (a Parquet file), scanned once for all that is made of them.
 
-    A context manager. space: as in DuckSession. day_state: what the daily bars say of the day. Raises NoBars for a day
-    that is no trading day.
+    A context manager. space: as in DuckSession. day_state: what the daily bars say of the day. vendor_day: its
+    reference_daily_bars, None where there are none yet. Raises NoBars for a day that is no trading day.
     """
 
     def __init__(
-        self, day: date, normalized: Path, space: Path | DuckSession, day_state: str = DayState.PARTIAL
+        self,
+        day: date,
+        normalized: Path,
+        space: Path | DuckSession,
+        day_state: str = DayState.PARTIAL,
+        vendor_day: Path | None = None,
     ) -> None:
         super().__init__(space)
         self._daily = {"day": day, "day_state": str(day_state)}
         self.view("normalized", normalized)
+        self.view("reference_daily", vendor_day or normalized)
+        closes = "SELECT ticker, close AS official_close FROM reference_daily"
+        self.rows(f"CREATE TEMP VIEW vendor_day AS {closes} WHERE {vendor_day is not None}")
         self.rows(_BUCKETS, parts_of(day))
 
     def write(self, dataset: Dataset, target: Path) -> None:

@@ -35,12 +35,13 @@ def stale_datasets(
     """Of these datasets of one day those to make again, each after those it needs; one run may make them all.
 
     made: by name, the order of each dataset's latest materialization, the later the larger; one never made is absent.
-    as_of: up to which order a dataset's inputs were known when it was made, where that is known. A dataset none of
-    whose inputs is there cannot be made, and is not asked for.
+    as_of: up to which order a dataset's inputs were known when it was made, where that is known. A dataset that cannot
+    be made is not asked for: none of its inputs is there, or one that is made itself or required is not.
     """
     found: list[Dataset] = []
     for dataset in datasets:
-        if not dataset.inputs:
+        needed_for_sure = [needed for needed in dataset.inputs if needed.inputs or needed in dataset.required]
+        if not dataset.inputs or any(n.name not in made and n not in found for n in needed_for_sure):
             continue
         known = min(made.get(dataset.name, -1), (as_of or {}).get(dataset.name, made.get(dataset.name, -1)))
         is_older = any(

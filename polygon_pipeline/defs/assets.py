@@ -26,7 +26,7 @@ from polygon_pipeline.defs import checks, report_page
 from polygon_pipeline.defs.describing import describing
 from polygon_pipeline.defs.partitions import Project, days_of, latest_ids, latest_materialization, made_days
 from polygon_pipeline.defs.presenting import table
-from polygon_pipeline.defs.reference import reference_asset
+from polygon_pipeline.defs.reference import reference_assets
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.defs.writer import write_day
 from polygon_pipeline.lake.dataset_files import fetch_dataset
@@ -64,7 +64,7 @@ class MakingConfig(dg.Config):
 def dataset_assets(project: Project) -> list[dg.AssetSpec | dg.AssetsDefinition]:
     """The assets of the channels that are collected."""
     return [
-        reference_asset(project),
+        *reference_assets(project),
         *(_raw_asset(project, catalog.RAW[channel]) for channel in project.channels),
         *(_channel_assets(project, channel) for channel in project.channels),
     ]
@@ -151,7 +151,14 @@ def _make(
             continue
         of_dataset = list(checks.check_day(opened, made, least_share))
         results.setdefault(made.day, []).extend(of_dataset)
-        metadata = write_day(opened, made.dataset.name, made.day.isoformat(), made.file, preview=not made.report)
+        metadata = write_day(
+            opened,
+            made.dataset.name,
+            made.day.isoformat(),
+            made.file,
+            may_be_empty=made.dataset == catalog.DAILY_DIFFERENCES,  # a day may agree
+            preview=not made.report,
+        )
         shown = _metadata(made, results[made.day] if made.report else of_dataset)
         context.log_event(
             dg.AssetMaterialization(

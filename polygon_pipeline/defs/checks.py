@@ -17,7 +17,7 @@ import dagster as dg
 
 from polygon_pipeline.collector.lease import live_run
 from polygon_pipeline.datasets import quality
-from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DAILY_BARS, NORMALIZED, Dataset
+from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DAILY_BARS, DAILY_DIFFERENCES, NORMALIZED, Dataset
 from polygon_pipeline.datasets.coverage import below
 from polygon_pipeline.datasets.day_state import DayState
 from polygon_pipeline.datasets.making import MadeDataset
@@ -43,6 +43,10 @@ _RULES: dict[str, dict[str, str]] = {
     },
     DAILY_BARS.name: {
         "day_is_complete": "The day is known to its session's end; a warning while the session runs, an error after it."
+    },
+    DAILY_DIFFERENCES.name: {
+        "differences_are_explained": "Where our day and the vendor's differ, the day's minutes show why. A warning "
+        "names the values that nothing explains."
     },
 }
 
@@ -98,6 +102,11 @@ def check_day(lake: Lake, made: MadeDataset, least_share: float = LEAST_SHARE) -
             {"state": str(status.state), "detail": status.detail},
             dg.AssetCheckSeverity.ERROR if status.is_over else dg.AssetCheckSeverity.WARN,
         )
+    elif made.dataset == DAILY_DIFFERENCES:
+        found = {name: made.facts.get(name, []) for name in ("outcome", "unexplained")}
+        unexplained = made.facts.get("tickers_unexplained", 0)
+        found["tickers_unexplained"] = unexplained
+        yield DayResult(name, "differences_are_explained", not unexplained, found, dg.AssetCheckSeverity.WARN)
 
 
 def _without_an_end(run: str) -> str:

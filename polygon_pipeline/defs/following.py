@@ -11,7 +11,7 @@ import dagster as dg
 import msgspec
 
 from polygon_pipeline.collector.launching import REVISIONS
-from polygon_pipeline.datasets.catalog import FOLLOWING, NORMALIZED, Dataset, roots
+from polygon_pipeline.datasets.catalog import DAILY_BARS, FOLLOWING, NORMALIZED, Dataset, roots
 from polygon_pipeline.datasets.staleness import AS_OF, group_days, stale_datasets
 from polygon_pipeline.defs.describing import CHANNEL_TAG
 from polygon_pipeline.defs.partitions import (
@@ -147,9 +147,10 @@ def _read_news(instance: dg.DagsterInstance, project: Project, cursor: Cursor) -
 def _as_of(
     instance: dg.DagsterInstance, datasets: Sequence[Dataset], made: Mapping[str, int], day: str
 ) -> dict[str, int]:
-    """What the normalized bars of a day knew of their inputs; what is made of them was made in the same step."""
+    """What a day's normalized bars and daily bars knew of their inputs; what is made of them was made in the same
+    step."""
     found: dict[str, int] = {}
-    for dataset in NORMALIZED.values():
+    for dataset in (*NORMALIZED.values(), DAILY_BARS):
         if dataset not in datasets or dataset.name not in made:
             continue
         latest = latest_materialization(instance, dataset.name, day)

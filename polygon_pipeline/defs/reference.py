@@ -4,20 +4,36 @@ Belongs here: how fetching shows in the UI, and when it is asked for. Does not b
 (datasets.reference_sources) and what becomes of the bars (assets).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from polygon_pipeline.collector.lease import live_run
-from polygon_pipeline.datasets.catalog import RAW_BARS, REFERENCE_BARS
+from polygon_pipeline.datasets.catalog import RAW_BARS, REFERENCE_BARS, REFERENCE_DAILY_BARS, REFERENCES, Dataset
 from polygon_pipeline.datasets.day_state import DayStatus, day_status
-from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, UnfetchedDay, fetch_days
-from polygon_pipeline.datasets.staleness import PastRepair, next_repair, reference_is_due
+from polygon_pipeline.datasets.reference_sources import (
+    SETTLED,
+    FetchedDay,
+    Sources,
+    UnfetchedDay,
+    fetch_daily_days,
+    fetch_days,
+)
+from polygon_pipeline.datasets.staleness import PastRepair, group_days, next_repair, reference_is_due
 from polygon_pipeline.datasets.wording import clock, count, date_and_clock, span
 from polygon_pipeline.defs.describing import describing
-from polygon_pipeline.defs.partitions import URGENT, Project, days_of, latest_materialization, made_days
+from polygon_pipeline.defs.partitions import (
+    URGENT,
+    Project,
+    day_tags,
+    days_of,
+    latest_materialization,
+    made_days,
+    spans,
+)
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.writer import day_metadata, write_day
 from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief
@@ -38,15 +54,24 @@ _SESSIONS_LOOKED_AT = 10
 # More than a day of tries at the longest pause.
 _REPAIRS_LOOKED_AT = 20
 
+_Fetch = Callable[
+    [Lake, Sequence[date], Sources, Path, datetime, Callable[[str], object]], Iterator[FetchedDay | UnfetchedDay]
+]
+_FETCHED_BY: dict[Dataset, _Fetch] = {REFERENCE_BARS: fetch_days, REFERENCE_DAILY_BARS: fetch_daily_days}
+
 REPAIR_TAG = "polygon_pipeline/repair"
 
 
-def reference_asset(project: Project) -> dg.AssetsDefinition:
-    """The asset for these partitions."""
-    told = describing(REFERENCE_BARS)
+def reference_assets(project: Project) -> list[dg.AssetsDefinition]:
+    """The assets for these partitions: the vendor's minutes, and its days."""
+    return [_reference_asset(project, dataset, fetch) for dataset, fetch in _FETCHED_BY.items()]
+
+
+def _reference_asset(project: Project, dataset: Dataset, fetch: _Fetch) -> dg.AssetsDefinition:
+    told = describing(dataset)
 
     @dg.asset(
-        name=REFERENCE_BARS.name,
+        name=dataset.name,
         partitions_def=project.trading_days,
         backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=DAYS_PER_RUN),
         output_required=False,
@@ -64,7 +89,7 @@ def reference_asset(project: Project) -> dg.AssetsDefinition:
         days = days_of(context.run.tags)
         news: dict[str, dict[str, Any]] = {}
         problems: list[Exception] = []
-        for result, metadata in _fetched(context, polygon, lake, days):
+        for result, metadata in _fetched(context, polygon, lake, days, dataset, fetch):
             if metadata is not None:
                 news[result.day.isoformat()] = metadata
             elif isinstance(result, UnfetchedDay) and not isinstance(result.problem, NotYetPublished):
@@ -76,7 +101,7 @@ def reference_asset(project: Project) -> dg.AssetsDefinition:
             return
         context.log.info(f"{len(news)} of {len(days)} days are new or changed")
         for day, metadata in news.items():
-            context.log_event(dg.AssetMaterialization(REFERENCE_BARS.name, partition=day, metadata=metadata))
+            context.log_event(dg.AssetMaterialization(dataset.name, partition=day, metadata=metadata))
         if problems:
             passing = any(isinstance(problem, HistoryUnavailable) for problem in problems)
             raise dg.Failure(
@@ -88,7 +113,12 @@ def reference_asset(project: Project) -> dg.AssetsDefinition:
 
 
 def _fetched(
-    context: dg.AssetExecutionContext, polygon: PolygonResource, lake: LakeResource, days: Sequence[date]
+    context: dg.AssetExecutionContext,
+    polygon: PolygonResource,
+    lake: LakeResource,
+    days: Sequence[date],
+    dataset: Dataset,
+    fetch: _Fetch,
 ) -> Iterator[tuple[FetchedDay | UnfetchedDay, dict[str, Any] | None]]:
     """Fetches and stores days, each with the metadata to report, or None where there is nothing to report."""
     asked_by_schedule = "dagster/schedule_name" in context.run.tags
@@ -96,10 +126,11 @@ def _fetched(
         with polygon.history() as sources:
             opened = lake.open()
             opened.claim(polygon.settings().feed)
-            for result in fetch_days(opened, days, sources, lake.scratch(), datetime.now(UTC), context.log.info):
+            for result in fetch(opened, days, sources, lake.scratch(), datetime.now(UTC), context.log.info):
                 if isinstance(result, FetchedDay):
-                    metadata = _store(opened, result)
-                    is_known = not result.is_new and _made_at(context.instance, result.day) >= expected_at(result.day)
+                    metadata = _store(opened, result, dataset)
+                    made_at = _made_at(context.instance, dataset, result.day)
+                    is_known = not result.is_new and made_at >= expected_at(result.day)
                     # Whoever asks by hand or by a backfill waits for the answer.
                     yield result, None if asked_by_schedule and is_known else metadata
                     continue
@@ -116,14 +147,14 @@ def _fetched(
         raise dg.Failure(str(error), allow_retries=False) from error
 
 
-def _store(lake: Lake, fetched: FetchedDay) -> dict[str, Any]:
+def _store(lake: Lake, fetched: FetchedDay, dataset: Dataset) -> dict[str, Any]:
     """Stores a day if it is new; returns what its materialization shows."""
     day, info = fetched.day.isoformat(), fetched.info
-    # Tickers may be without any bar, and that is known then.
+    # Tickers may be without any minute, and that is known then.
     metadata = (
-        write_day(lake, REFERENCE_BARS.name, day, fetched.file, may_be_empty=True)
+        write_day(lake, dataset.name, day, fetched.file, may_be_empty=dataset == REFERENCE_BARS)
         if fetched.is_new
-        else day_metadata(lake, REFERENCE_BARS.name, day, fetched.file)
+        else day_metadata(lake, dataset.name, day, fetched.file)
     )
     return metadata | {
         "source": info.source,
@@ -141,9 +172,9 @@ def reported_status(instance: dg.DagsterInstance, lake: Lake, day: date, now: da
     return day_status(day, read_ledgers(lake, day).ledgers, _known_until_ms(instance, day), now, live_run(lake))
 
 
-def _made_at(instance: dg.DagsterInstance, day: date) -> datetime:
+def _made_at(instance: dg.DagsterInstance, dataset: Dataset, day: date) -> datetime:
     """When a day was last materialized."""
-    latest = latest_materialization(instance, REFERENCE_BARS.name, day.isoformat())
+    latest = latest_materialization(instance, dataset.name, day.isoformat())
     return datetime.fromtimestamp(latest.timestamp if latest else 0, UTC)
 
 
@@ -156,9 +187,22 @@ def _known_until_ms(instance: dg.DagsterInstance, day: date) -> int:
 
 reference_job = dg.define_asset_job(
     "reference",
-    selection=[REFERENCE_BARS.name],
-    description="Fetches the vendor's own minute bars of trading days.",
+    selection=[dataset.name for dataset in REFERENCES],
+    description="Fetches the vendor's own minute bars and day bars of trading days.",
 )
+
+
+def history_requests(wanted: Mapping[date, Sequence[Dataset]], key: str) -> list[dg.RunRequest]:
+    """One run for days that follow each other and lack the same. key: what tells the requests from earlier ones."""
+    return [
+        dg.RunRequest(
+            run_key=f"history {' '.join(dataset.name for dataset in datasets)} {following[0]} {key}",
+            asset_selection=[dg.AssetKey(dataset.name) for dataset in datasets],
+            tags=day_tags(following),
+        )
+        for datasets, days in group_days(wanted)
+        for following in spans(days, DAYS_PER_RUN)
+    ]
 
 
 @dg.sensor(
@@ -185,7 +229,7 @@ def _repairs(context: dg.SensorEvaluationContext, opened: Lake, now: datetime) -
     waiting: list[str] = []
     live = live_run(opened)
     for day in _recent_sessions(context.instance):
-        reason = _reason(context, opened, day, now, live)
+        reason, wanted = _reason(context, opened, day, now, live)
         if reason is None:
             continue
         past = _past_repairs(context.instance, day)
@@ -196,13 +240,20 @@ def _repairs(context: dg.SensorEvaluationContext, opened: Lake, now: datetime) -
         context.log.info(f"{day}: {reason}")
         key = day.isoformat()
         requests.append(
-            dg.RunRequest(run_key=f"{key}-{len(past) + 1}", partition_key=key, tags={REPAIR_TAG: key, **URGENT})
+            dg.RunRequest(
+                run_key=f"{key}-{len(past) + 1}",
+                partition_key=key,
+                asset_selection=[dg.AssetKey(dataset.name) for dataset in wanted],
+                tags={REPAIR_TAG: key, **URGENT},
+            )
         )
     return requests, waiting
 
 
-def _reason(context: dg.SensorEvaluationContext, lake: Lake, day: date, now: datetime, live: str | None) -> str | None:
-    """Why a day's history is to be asked for, or None if it is not."""
+def _reason(
+    context: dg.SensorEvaluationContext, lake: Lake, day: date, now: datetime, live: str | None
+) -> tuple[str | None, Sequence[Dataset]]:
+    """Why a day's history is to be asked for, or None if it is not; and what of it."""
     known_until_ms = _known_until_ms(context.instance, day)
     ledgers, unreadable, strays = read_ledgers(lake, day)
     for key, reason in unreadable.items():
@@ -210,11 +261,19 @@ def _reason(context: dg.SensorEvaluationContext, lake: Lake, day: date, now: dat
     if strays:
         context.log.info(f"{len(strays)} objects among the ledgers of {day} are no ledgers, such as {strays[0]}")
     if gaps := repairable_gaps(day, ledgers, known_until_ms, SETTLED, now, live):
-        return f"{count(len(gaps), 'gap')} to repair, New York: {span(gaps[0][0], gaps[-1][1])}"
+        return f"{count(len(gaps), 'gap')} to repair, New York: {span(gaps[0][0], gaps[-1][1])}", [REFERENCE_BARS]
     status = day_status(day, ledgers, known_until_ms, now, live)
-    if status.is_over and reference_is_due(day, known_until_ms, now):
-        return f"it is {status.state}, and its history is published"
-    return None
+    missing = [
+        *([REFERENCE_BARS] if reference_is_due(day, known_until_ms, now) else []),
+        *([REFERENCE_DAILY_BARS] if reference_is_due(day, 0, now) and not _has_daily(context.instance, day) else []),
+    ]
+    if status.is_over and missing:
+        return f"it is {status.state}, and its history is published", missing
+    return None, ()
+
+
+def _has_daily(instance: dg.DagsterInstance, day: date) -> bool:
+    return latest_materialization(instance, REFERENCE_DAILY_BARS.name, day.isoformat()) is not None
 
 
 def _past_repairs(instance: dg.DagsterInstance, day: date) -> list[PastRepair]:

@@ -4,15 +4,15 @@ Belongs here: when and for which days. Does not belong here: what is out of date
 by day (defs.following).
 """
 
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 
 import dagster as dg
 
-from polygon_pipeline.datasets.catalog import REFERENCE_BARS
+from polygon_pipeline.datasets.catalog import REFERENCES
 from polygon_pipeline.datasets.staleness import reference_is_due
 from polygon_pipeline.defs.following import days_under_way, requests_for, stale_days
-from polygon_pipeline.defs.partitions import Project, day_tags, made_days, spans
-from polygon_pipeline.defs.reference import DAYS_PER_RUN, reference_job
+from polygon_pipeline.defs.partitions import Project, day_tags, made_days
+from polygon_pipeline.defs.reference import history_requests, reference_job
 from polygon_pipeline.market import calendar
 
 # Published files are replaced within days, if at all.
@@ -30,14 +30,14 @@ _RUNS_PER_NIGHT = 40
     cron_schedule="30 11 * * *",  # a day's flat file is published by about 11:00 of the next
     execution_timezone=str(calendar.NEW_YORK),
     default_status=dg.DefaultScheduleStatus.RUNNING,
-    description="Fetches the vendor's bars of the last trading day, and of those before it whose files were replaced; "
-    "their datasets follow.",
+    description="Fetches the vendor's bars of the last trading day, weekends included, and of those before it whose "
+    "files were replaced; their datasets follow.",
 )
 def reference_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     today = context.scheduled_execution_time.astimezone(calendar.NEW_YORK).date()
-    if calendar.session(today) is None:
-        following = calendar.trading_days(today, today + timedelta(days=14))[0]
-        return dg.SkipReason(f"{today} is not a trading day; the next is {following}, 11:30 New York time")
+    if calendar.session(today - timedelta(days=1)) is None:
+        following = calendar.trading_days(today, today + timedelta(days=14))[0] + timedelta(days=1)
+        return dg.SkipReason(f"yesterday was no trading day; the next look is on {following}, 11:30 New York time")
     days = calendar.trading_days(today - timedelta(days=21), today - timedelta(days=1))[-REPLACED_DAYS:]
     # One run for all: a file that is as it was costs one request, and REST answers hold fifty days anyway.
     return dg.RunRequest(run_key=days[-1].isoformat(), tags=day_tags(days))
@@ -67,17 +67,10 @@ def catch_up_schedule(context: dg.ScheduleEvaluationContext) -> list[dg.RunReque
 
 def _history(context: dg.ScheduleEvaluationContext, project: Project, now: datetime, night: str) -> list[dg.RunRequest]:
     """Requests for days without any history that is out by now. Nothing waits for them: what follows is made later."""
-    known = made_days(context.instance, REFERENCE_BARS.name)
-    missing: list[date] = [
-        day
+    known = {dataset: made_days(context.instance, dataset.name) for dataset in REFERENCES}
+    missing = {
+        day: [dataset for dataset in REFERENCES if day.isoformat() not in known[dataset]]
         for day in calendar.completed_sessions(now, CATCH_UP_DAYS)
-        if project.is_partition(day) and day.isoformat() not in known and reference_is_due(day, 0, now)
-    ]
-    return [
-        dg.RunRequest(
-            run_key=f"history {span[0]} asked {night}",
-            asset_selection=[dg.AssetKey(REFERENCE_BARS.name)],
-            tags=day_tags(span),
-        )
-        for span in spans(missing, DAYS_PER_RUN)
-    ]
+        if project.is_partition(day) and reference_is_due(day, 0, now)
+    }
+    return history_requests(missing, f"asked {night}")

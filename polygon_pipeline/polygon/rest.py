@@ -1,4 +1,4 @@
-"""The vendor's history over REST: minute bars of a ticker, and the tickers that traded on a day.
+"""The vendor's history over REST: minute bars of a ticker, and a day of the whole market.
 
 Belongs here: requests, pages, retries, and what an answer's status means. Does not belong here: how often one may ask
 (polygon.rate_limit), or what becomes of the bars.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -36,6 +36,7 @@ from polygon_pipeline.polygon.errors import (
 from polygon_pipeline.polygon.rate_limit import RateLimit
 
 T = TypeVar("T")
+B = TypeVar("B", bound="HistoryBar")
 
 # Requests in flight where a plan allows hundreds: an answer takes 100 to 200 ms, so that these make a hundred a second.
 CONCURRENCY = 16
@@ -103,31 +104,53 @@ class Page(NamedTuple):
     @property
     def bars(self) -> list[HistoryBar]:
         """The bars, decoded at every call."""
-        return _decode_bars(self.content)
+        return _sound_bars.all(self.content)
 
 
-_decode_bars = msgspec.json.Decoder(list[HistoryBar]).decode
-_decode_bar = msgspec.json.Decoder(HistoryBar).decode
+class DailyBar(HistoryBar, frozen=True, gc=False, rename={"ticker": "T", "otc": "otc"}, kw_only=True):
+    """A ticker's day. start_ms: the window's END here, unlike a minute's."""
+
+    ticker: str
+    otc: bool = False
 
 
-def _sound_bars(content: bytes) -> tuple[bytes, list[str]]:
-    """An answer's bars without those that are none, and why each of these is left out. Raises as msgspec does where it
-    is no list, and where none of its bars is sound."""
-    try:
-        _decode_bars(content)
-        return content, []
-    except msgspec.ValidationError as error:
-        sound: list[bytes] = []
-        refused: list[str] = []
-        for bar in map(bytes, msgspec.json.decode(content, type=list[msgspec.Raw])):
-            try:
-                _decode_bar(bar)
-                sound.append(bar)
-            except (ValueError, RecursionError) as reason:
-                refused.append(f"{reason}: {bar[:200].decode(errors='replace')}")
-        if not sound:
-            raise error
-        return b"[" + b",".join(sound) + b"]", refused
+class DayAnswer(NamedTuple):
+    """The whole market's day. fetched_at: as in Page. refused: why bars were left out."""
+
+    fetched_at: datetime
+    bars: list[DailyBar]
+    refused: tuple[str, ...] = ()
+
+
+class _Sound(Generic[B]):
+    """Takes an answer's bars of one kind apart from those that are none."""
+
+    def __init__(self, kind: type[B]) -> None:
+        self.all: Callable[[bytes], list[B]] = msgspec.json.Decoder(list[kind]).decode  # type: ignore[valid-type]
+        self._one = msgspec.json.Decoder(kind).decode
+
+    def __call__(self, content: bytes) -> tuple[bytes, list[str]]:
+        """The bars that are sound, as JSON, and why each of the others is left out. Raises as msgspec does where it is
+        no list, and where none of its bars is sound."""
+        try:
+            self.all(content)
+            return content, []
+        except msgspec.ValidationError as error:
+            sound: list[bytes] = []
+            refused: list[str] = []
+            for bar in map(bytes, msgspec.json.decode(content, type=list[msgspec.Raw])):
+                try:
+                    self._one(bar)
+                    sound.append(bar)
+                except (ValueError, RecursionError) as reason:
+                    refused.append(f"{reason}: {bar[:200].decode(errors='replace')}")
+            if not sound:
+                raise error
+            return b"[" + b",".join(sound) + b"]", refused
+
+
+_sound_bars = _Sound(HistoryBar)
+_sound_days = _Sound(DailyBar)
 
 
 class _Traded(msgspec.Struct, rename={"ticker": "T"}):
@@ -200,9 +223,23 @@ class RestHistory:
 
     def traded_tickers(self, day: date) -> list[str]:
         """The tickers that have a daily bar, sorted; empty where the vendor has none for that day."""
-        url = f"{self._url}/v2/aggs/grouped/locale/us/market/stocks/{day}?adjusted=false"
-        _, _, rows = self._ask(url, _decode_traded, threading.Event())
+        _, _, rows = self._ask(self._grouped(day), _decode_traded, threading.Event())
         return sorted({row.ticker for row in rows if not ticker_error(row.ticker)})
+
+    def daily_bars(self, day: date) -> DayAnswer:
+        """The whole market's unadjusted bars of a day, over the counter too; none where the vendor has none yet."""
+        url = f"{self._grouped(day)}&include_otc=true"
+        fetched_at, _, (content, refused) = self._ask(url, _sound_days, threading.Event())
+        bars: list[DailyBar] = []
+        for bar in _sound_days.all(content):
+            if error := ticker_error(bar.ticker):
+                refused.append(f"{bar.ticker[:20]!r}: {error}")
+            else:
+                bars.append(bar)
+        return DayAnswer(fetched_at, bars, tuple(self._safe(why) for why in refused))
+
+    def _grouped(self, day: date) -> str:
+        return f"{self._url}/v2/aggs/grouped/locale/us/market/stocks/{day}?adjusted=false"
 
     def fetch_many(
         self,

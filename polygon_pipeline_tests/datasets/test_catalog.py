@@ -24,6 +24,7 @@ def test_the_datasets_have_the_public_names() -> None:
         "raw_bars",
         "raw_second_bars",
         "reference_bars",
+        "reference_daily_bars",
         "normalized_bars",
         "normalized_second_bars",
         "bars_5m",
@@ -31,6 +32,7 @@ def test_the_datasets_have_the_public_names() -> None:
         "bars_30m",
         "bars_1h",
         "daily_bars",
+        "daily_differences",
         "bar_coverage",
         "session_report",
     ]

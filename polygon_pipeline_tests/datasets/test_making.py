@@ -14,14 +14,16 @@ from polygon_pipeline.datasets.catalog import Dataset
 from polygon_pipeline.datasets.making import FailedDay, MadeDataset, WrongSchema, make_days
 from polygon_pipeline.datasets.normalize import NoBars
 from polygon_pipeline.lake import archive, layout
-from polygon_pipeline.lake.dataset_files import put_dataset
+from polygon_pipeline.lake.dataset_files import fetch_dataset, put_dataset
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import trading_days
-from polygon_pipeline_tests.support.bars import aggregate, at, later, line
+from polygon_pipeline_tests.support.bars import aggregate, at, later, line, reference_daily_row
+from polygon_pipeline_tests.support.day_files import read, reference_daily_file
 
 DAYS = trading_days(date(2026, 1, 26), date(2026, 1, 30))
-MINUTE = [dataset for dataset in catalog.FOLLOWING if dataset.channel is Channel.MINUTE]
+# What can be made without the vendor's day.
+MINUTE = [dataset for dataset in catalog.FOLLOWING if dataset.channel is Channel.MINUTE and not dataset.required]
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
 
@@ -92,6 +94,31 @@ def test_datasets_alone_are_made_of_the_bars_on_the_lake(file_lake: Lake, tmp_pa
     make(file_lake, tmp_path / "first", DAYS[:1])
     made = make(file_lake, tmp_path / "second", DAYS[:2], [catalog.DAILY_BARS])
     assert made == [(DAYS[0], catalog.DAILY_BARS.name), (DAYS[1], "MissingDataset")]
+
+
+def test_differences_are_left_out_without_the_vendors_day_and_asked_for_alone_they_say_what_is_missing(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    collect(file_lake, DAYS[:1])
+    everything = [*MINUTE, catalog.DAILY_DIFFERENCES]
+    assert make(file_lake, tmp_path / "first", DAYS[:1], everything) == [(DAYS[0], dataset.name) for dataset in MINUTE]
+    made = make(file_lake, tmp_path / "second", DAYS[:1], [catalog.DAILY_DIFFERENCES])
+    assert made == [(DAYS[0], "MissingDataset")]
+
+
+def test_the_vendors_day_gives_the_official_close_beside_ours_and_the_differences(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    collect(file_lake, DAYS[:1])
+    make(file_lake, tmp_path / "first", DAYS[:1])
+    vendors = reference_daily_file(tmp_path / "theirs.parquet", [reference_daily_row("SPY", close=7.5)])
+    put_dataset(file_lake, catalog.REFERENCE_DAILY_BARS.name, DAYS[0].isoformat(), vendors)
+    wanted = [catalog.DAILY_BARS, catalog.DAILY_DIFFERENCES]
+    assert make(file_lake, tmp_path / "second", DAYS[:1], wanted) == [(DAYS[0], dataset.name) for dataset in wanted]
+    [daily] = read(fetch_dataset(file_lake, catalog.DAILY_BARS.name, DAYS[0].isoformat(), tmp_path))
+    assert (daily["close"], daily["official_close"], daily["official_close_source"]) == (26.0, 7.5, "vendor_daily")
+    differences = read(fetch_dataset(file_lake, catalog.DAILY_DIFFERENCES.name, DAYS[0].isoformat(), tmp_path))
+    assert (26.0, 7.5) in {(row["ours"], row["theirs"]) for row in differences if row["field"] == "close"}
 
 
 def test_nothing_is_made_of_bars_with_a_wrong_schema(file_lake: Lake, tmp_path: Path) -> None:

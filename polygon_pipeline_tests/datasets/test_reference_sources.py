@@ -18,11 +18,18 @@ import pytest
 
 from polygon_pipeline.collector.collector import Collector
 from polygon_pipeline.datasets import reference_sources
-from polygon_pipeline.datasets.catalog import REFERENCE_BARS
+from polygon_pipeline.datasets.catalog import REFERENCE_BARS, REFERENCE_DAILY_BARS
 from polygon_pipeline.datasets.coverage import Coverage, State
 from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
 from polygon_pipeline.datasets.reference import Pages, read_reference_info
-from polygon_pipeline.datasets.reference_sources import SETTLED, FetchedDay, Sources, UnfetchedDay, fetch_days
+from polygon_pipeline.datasets.reference_sources import (
+    SETTLED,
+    FetchedDay,
+    Sources,
+    UnfetchedDay,
+    fetch_daily_days,
+    fetch_days,
+)
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset, put_dataset
 from polygon_pipeline.lake.ledger import (
@@ -42,10 +49,11 @@ from polygon_pipeline.polygon.errors import HistoryRefused, NotYetPublished
 from polygon_pipeline.polygon.messages import decode_frame
 from polygon_pipeline.polygon.rate_limit import RateLimit
 from polygon_pipeline.polygon.rest import RestHistory
+from polygon_pipeline.simulator.daily import DailyChanges, daily_bars
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.faults import Fault, Faults, FaultType
 from polygon_pipeline.simulator.feed import Omitting
-from polygon_pipeline.simulator.flat_files import flat_file, publish
+from polygon_pipeline.simulator.flat_files import daily_flat_file, flat_file, publish
 from polygon_pipeline.simulator.rest_server import History, HistoryServer, RestFault, RestFaultType, corrected
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline_tests.support.bars import DAY, at
@@ -265,6 +273,95 @@ def test_a_flat_file_is_fetched_once_and_again_after_it_was_replaced(
     rows = bars_of(reference(file_lake, DAY, tmp_path))
     assert rows[bar["ticker"], bar["start_ms"]][4] == 12345.0
     assert len(rows) == len(truth())
+
+
+# The vendor's day
+
+
+def fetched_daily(
+    lake: Lake, days: Sequence[date], sources: Sources, folder: Path, now: datetime = LATER
+) -> list[FetchedDay | UnfetchedDay]:
+    scratch = folder / f"scratch-{len(list(folder.iterdir()))}"
+    scratch.mkdir()
+    results = []
+    for result in fetch_daily_days(lake, days, sources, scratch, now, lambda _: None):
+        if isinstance(result, FetchedDay) and result.is_new:
+            put_dataset(lake, REFERENCE_DAILY_BARS.name, result.day.isoformat(), result.file)
+        results.append(result)
+    return results
+
+
+def true_days(day: date = DAY) -> list[dict[str, Any]]:
+    found = calendar.session(day)
+    assert found
+    rows: list[dict[str, Any]] = daily_bars(MARKET.day_bars(day), found).to_pylist()
+    return rows
+
+
+def test_a_week_of_the_vendors_days_is_a_request_a_day_and_a_second_fetch_changes_nothing(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    with vendor(tmp_path) as vendor_:
+        results = [fetched_daily(file_lake, WEEK, vendor_.sources(), tmp_path) for _ in range(2)]
+        assert len(vendor_.asked) == 2 * len(WEEK)
+    news = [[isinstance(result, FetchedDay) and result.is_new for result in of_run] for of_run in results]
+    assert news == [[True] * len(WEEK), [False] * len(WEEK)]
+    for day in WEEK:
+        rows = pq.read_table(fetch_dataset(file_lake, REFERENCE_DAILY_BARS.name, day.isoformat(), tmp_path)).to_pylist()
+        names = ("ticker", *_VALUES, "transactions")  # what trades over the counter is among them
+        assert [[row[name] for name in names] for row in rows] == [
+            [row[name] for name in names] for row in true_days(day)
+        ]
+        assert {(row["date"], row["source"]) for row in rows} == {(day, "rest")}
+
+
+def test_a_day_that_is_not_over_or_that_the_vendor_does_not_have_yet_is_told_as_such_and_not_stored(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    evening = datetime(2026, 1, 27, 1, tzinfo=UTC)  # the end of after hours
+    with vendor(tmp_path, lambda day: MARKET.day_bars(day).slice(0, 0)) as vendor_:
+        [early] = fetched_daily(file_lake, [DAY], vendor_.sources(), tmp_path, evening)
+        assert not vendor_.asked
+        [late] = fetched_daily(file_lake, [DAY], vendor_.sources(), tmp_path, evening + SETTLED)
+        assert len(vendor_.asked) == 1
+    for result, next_try in ((early, evening + SETTLED), (late, evening + SETTLED + timedelta(hours=1))):
+        assert isinstance(result, UnfetchedDay)
+        assert isinstance(result.problem, NotYetPublished)
+        assert result.problem.next_try == next_try
+    assert not file_lake.keys("datasets/")
+
+
+def test_the_vendors_day_comes_from_flat_files_where_there_are_credentials_and_a_replaced_one_says_so(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    files = local_lake(tmp_path / "files")
+    found = calendar.session(DAY)
+    assert found
+    with vendor(tmp_path) as vendor_:
+        sources = vendor_.sources(flat_files=files)
+        results = fetched_daily(file_lake, [DAY], sources, tmp_path)
+        corrections: list[DailyChanges] = [{}, {("AAPL", DAY): {"close": 1.25}}]
+        for changes in corrections:
+            content = daily_flat_file(daily_bars(MARKET.day_bars(DAY), found, changes), DAY)
+            publish(files.store, DAY, content, "day_aggs_v1")
+            results += fetched_daily(file_lake, [DAY], sources, tmp_path)
+        results += fetched_daily(file_lake, [DAY], sources, tmp_path)
+        assert not vendor_.asked
+    missing, *others = results
+    assert isinstance(missing, UnfetchedDay)
+    assert "day_aggs_v1" in str(missing.problem)
+    assert [(other.is_new, other.is_replacement) for other in others if isinstance(other, FetchedDay)] == [
+        (True, False),
+        (True, True),
+        (False, False),
+    ]
+    rows = pq.read_table(fetch_dataset(file_lake, REFERENCE_DAILY_BARS.name, DAY.isoformat(), tmp_path)).to_pylist()
+    assert (rows[0]["ticker"], rows[0]["close"], rows[0]["vwap"], rows[0]["source"]) == (
+        "AAPL",
+        1.25,
+        None,
+        "flat_file",
+    )
 
 
 def test_many_flat_files_say_how_far_they_are_and_how_long_it_takes_still(

@@ -152,6 +152,8 @@ def test_daily_bars_equal_those_of_plain_python(tmp_path: Path, monkeypatch: pyt
                 "first_bar": regular[0]["timestamp"],
                 "last_bar": regular[-1]["timestamp"],
                 "official_open": [row["day_open"] for row in bars if row["day_open"] is not None][-1],
+                "official_close": None,
+                "official_close_source": None,
                 "day_state": "partial",
             }
         )

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polygon_pipeline.datasets.catalog import BAR_COVERAGE, DATASETS, FOLLOWING, NORMALIZED_BARS, RAW_BARS, find
+from polygon_pipeline.datasets.catalog import (
+    BAR_COVERAGE,
+    DAILY_BARS,
+    DAILY_DIFFERENCES,
+    DATASETS,
+    FOLLOWING,
+    NORMALIZED_BARS,
+    RAW_BARS,
+    REFERENCE_DAILY_BARS,
+    find,
+)
 from polygon_pipeline.datasets.staleness import PastRepair, group_days, next_repair, reference_is_due, stale_datasets
 from polygon_pipeline.market.calendar import NEW_YORK, session
 
@@ -42,9 +52,22 @@ def test_a_day_made_after_all_its_inputs_is_left_alone(inputs: list[str], before
 def test_a_dataset_is_asked_for_when_something_on_the_way_to_it_is_out_of_order(made: dict[str, int]) -> None:
     def outdated(name: str) -> bool:
         inputs = [needed.name for needed in find(name).inputs]
-        return any(made.get(needed, -1) > made.get(name, -1) or outdated(needed) for needed in inputs)
+        return can_be_made(name) and any(
+            made.get(needed, -1) > made.get(name, -1) or outdated(needed) for needed in inputs
+        )
+
+    def can_be_made(name: str) -> bool:
+        found = find(name)
+        needed = [needed.name for needed in found.inputs if needed.inputs or needed in found.required]
+        return all(name in made or outdated(name) for name in needed)
 
     assert set(stale(made)) == {name for name in _NAMES if outdated(name)}
+
+
+def test_a_day_that_only_the_vendor_has_makes_nothing_and_differences_wait_for_the_vendors_day() -> None:
+    assert stale({REFERENCE_DAILY_BARS.name: 1}) == []
+    assert DAILY_DIFFERENCES.name not in stale({RAW_BARS.name: 1})
+    assert {DAILY_BARS.name, DAILY_DIFFERENCES.name} <= {*stale({RAW_BARS.name: 1, REFERENCE_DAILY_BARS.name: 1})}
 
 
 def test_what_arrived_while_a_day_was_made_makes_it_stale_though_it_was_made_later() -> None:

@@ -10,7 +10,15 @@ import dagster as dg
 import pytest
 
 from polygon_pipeline.datasets import catalog
-from polygon_pipeline.datasets.catalog import FOLLOWING, NORMALIZED_BARS, RAW_BARS, REFERENCE_BARS
+from polygon_pipeline.datasets.catalog import (
+    DAILY_BARS,
+    DAILY_DIFFERENCES,
+    FOLLOWING,
+    NORMALIZED_BARS,
+    RAW_BARS,
+    REFERENCE_BARS,
+    REFERENCE_DAILY_BARS,
+)
 from polygon_pipeline.datasets.staleness import AS_OF
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import following
@@ -21,7 +29,8 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK, trading_days
 
 DAYS = trading_days(date(2025, 1, 2), date(2025, 6, 30))
-MINUTE = [dataset.name for dataset in FOLLOWING if dataset.channel is Channel.MINUTE]
+# What follows without the vendor's day.
+MINUTE = [dataset.name for dataset in FOLLOWING if dataset.channel is Channel.MINUTE and not dataset.required]
 PROJECT = Project(date(2025, 1, 1))
 
 
@@ -84,6 +93,27 @@ def test_a_day_whose_raw_bars_changed_is_made_once(instance: dg.DagsterInstance,
     report(instance, MINUTE, DAYS[:1])
     report(instance, [REFERENCE_BARS.name], DAYS[:1])
     assert ticks.next() == [(DAYS[0], DAYS[0], len(MINUTE))]
+
+
+def test_the_vendors_day_makes_the_daily_bars_again_and_the_differences_and_then_the_day_rests(
+    instance: dg.DagsterInstance, ticks: Ticks
+) -> None:
+    report(instance, [RAW_BARS.name, REFERENCE_BARS.name, *MINUTE], DAYS[:1])
+    assert ticks.next() == []
+    report(instance, [REFERENCE_DAILY_BARS.name], DAYS[:1])
+    assert ticks.next() == [(DAYS[0], DAYS[0], 2)]
+    report(instance, [DAILY_BARS.name, DAILY_DIFFERENCES.name], DAYS[:1])
+    assert ticks.next() == []
+    assert night(instance) == []
+
+
+def test_the_vendors_day_that_arrived_while_a_day_was_made_makes_its_daily_bars_again(
+    instance: dg.DagsterInstance, ticks: Ticks
+) -> None:
+    report(instance, [RAW_BARS.name], DAYS[:1])
+    report(instance, [REFERENCE_DAILY_BARS.name], DAYS[:1])  # after the run that makes the day has looked
+    report(instance, [*MINUTE, DAILY_DIFFERENCES.name], DAYS[:1], as_of=1)
+    assert ticks.next() == [(DAYS[0], DAYS[0], 2)]
 
 
 def test_a_run_says_which_channel_it_makes() -> None:
@@ -204,7 +234,7 @@ def test_the_nightly_look_asks_for_history_that_is_out_and_missing(instance: dg.
     result = catch_up_schedule(dg.build_schedule_context(instance=instance, scheduled_execution_time=when))
     assert isinstance(result, list)
     [request] = result
-    assert request.asset_selection == [dg.AssetKey(REFERENCE_BARS.name)]
+    assert request.asset_selection == [dg.AssetKey(REFERENCE_BARS.name), dg.AssetKey(REFERENCE_DAILY_BARS.name)]
     assert shown(request)[:2] == (date(2025, 8, 25), date(2025, 9, 5))
 
 

@@ -76,6 +76,31 @@ def test_days_that_were_not_collected_are_made_from_the_history_and_a_second_run
     }
 
 
+@pytest.mark.slow
+def test_the_vendors_day_stands_beside_ours_and_the_check_says_in_words_how_they_compare(
+    lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changes = {("BRK.B", date.fromisoformat(DAYS[0])): {"low": 1.25}}
+    with (
+        dg.DagsterInstance.ephemeral() as instance,
+        HistoryServer(MARKET.day_bars, key=KEY, daily_changes=changes) as server,
+    ):
+        monkeypatch.setenv("POLYGON_REST_URL", server.url)
+        materialize(instance, ["reference_bars", "reference_daily_bars"], DAYS[0])
+        result = materialize(instance, [*DATASETS, "daily_differences"], DAYS[0])
+        [check] = [
+            found for found in result.get_asset_check_evaluations() if found.check_name.startswith("differences")
+        ]
+        shown = latest_metadata(instance, "daily_differences", DAYS[0])
+    assert not check.passed
+    assert check.severity is dg.AssetCheckSeverity.WARN
+    assert "BRK.B low: ours" in str(check.metadata["unexplained"].value)
+    assert shown["outcome"] == check.metadata["outcome"].value
+    assert "1 differ for reasons that the minutes show, 1 in values that nothing explains" in shown["outcome"]
+    rows = pq.read_table(fetch_dataset(lake_of_history, "daily_bars", DAYS[0], tmp_path)).to_pylist()
+    assert all(row["official_close"] and row["official_close_source"] == "vendor_daily" for row in rows)
+
+
 def test_a_day_that_the_plan_does_not_include_fails_with_the_reason(
     lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +153,7 @@ def test_a_gap_requests_the_days_history_after_growing_pauses_until_it_is_materi
         assert isinstance(asked, dg.SensorResult)
         [request] = asked.run_requests or []
         assert request.partition_key == DAYS[0]
+        assert request.asset_selection == [dg.AssetKey("reference_bars")], "the vendor's day mends no gap"
         failed = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"), tags=dict(request.tags))
         waits = _sense(instance)
         assert isinstance(waits, dg.SkipReason), "it is under way"
@@ -135,7 +161,7 @@ def test_a_gap_requests_the_days_history_after_growing_pauses_until_it_is_materi
         waits = _sense(instance)
         assert isinstance(waits, dg.SkipReason), "it has just failed"
         assert f"asked again: {DAYS[0]} from" in (waits.skip_message or "")
-        materialize(instance, ["reference_bars"], DAYS[0])
+        materialize(instance, ["reference_bars", "reference_daily_bars"], DAYS[0])
         assert isinstance(_sense(instance), dg.SkipReason)
 
 

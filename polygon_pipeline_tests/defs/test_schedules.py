@@ -30,11 +30,11 @@ def _reference(instance: dg.DagsterInstance, day: str) -> dg.RunRequest | dg.Ski
     ("today", "first", "last"),
     [
         ("2026-11-20", "2026-11-13", "2026-11-19"),
-        ("2026-11-23", "2026-11-16", "2026-11-20"),
-        ("2026-11-27", "2026-11-19", "2026-11-25"),
+        ("2026-11-21", "2026-11-16", "2026-11-20"),
+        ("2026-11-26", "2026-11-19", "2026-11-25"),
     ],
 )
-def test_on_a_trading_day_the_references_of_the_five_before_it_are_requested_in_one_run(
+def test_on_the_day_after_a_trading_day_weekend_or_not_five_days_are_requested_in_one_run(
     instance: dg.DagsterInstance, today: str, first: str, last: str
 ) -> None:
     request = _reference(instance, today)
@@ -44,9 +44,10 @@ def test_on_a_trading_day_the_references_of_the_five_before_it_are_requested_in_
     assert request.tags["dagster/asset_partition_range_end"] == last
 
 
-def test_on_a_closed_day_no_reference_is_requested_and_the_reason_names_the_next_time(
-    instance: dg.DagsterInstance,
+@pytest.mark.parametrize(("today", "next_look"), [("2026-11-22", "2026-11-24"), ("2026-11-23", "2026-11-24")])
+def test_after_a_closed_day_no_reference_is_requested_and_the_reason_names_the_next_time(
+    instance: dg.DagsterInstance, today: str, next_look: str
 ) -> None:
-    skip = _reference(instance, "2026-11-21")
+    skip = _reference(instance, today)
     assert isinstance(skip, dg.SkipReason)
-    assert skip.skip_message == "2026-11-21 is not a trading day; the next is 2026-11-23, 11:30 New York time"
+    assert skip.skip_message == f"yesterday was no trading day; the next look is on {next_look}, 11:30 New York time"

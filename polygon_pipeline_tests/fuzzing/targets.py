@@ -29,7 +29,7 @@ from polygon_pipeline.datasets.catalog import LISTINGS
 from polygon_pipeline.datasets.inputs import arrival
 from polygon_pipeline.datasets.listings import fetch_listing
 from polygon_pipeline.datasets.normalize import NoBars, Normalization
-from polygon_pipeline.datasets.reference import Pages, UnreadableReference, from_flat_file, page_line
+from polygon_pipeline.datasets.reference import Pages, UnreadableReference, from_day_answer, from_flat_file, page_line
 from polygon_pipeline.lake import archive
 from polygon_pipeline.lake.ledger import (
     Connection,
@@ -45,12 +45,13 @@ from polygon_pipeline.lake.records import decode_record, encode_record
 from polygon_pipeline.market.bars import Bar, Channel
 from polygon_pipeline.market.calendar import day_bounds_ms
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
-from polygon_pipeline.polygon.flat_files import FLAT_FILE_COLUMNS
+from polygon_pipeline.polygon.flat_files import FLAT_FILE_COLUMNS, FlatFileKind
 from polygon_pipeline.polygon.messages import decode_frame, decode_frames, decode_statuses
 from polygon_pipeline.polygon.rate_limit import RateLimit
 from polygon_pipeline.polygon.rest import HistoryBar, Page, RestHistory
 from polygon_pipeline_tests.fuzzing.mutations import compressed, mutated, zstd
-from polygon_pipeline_tests.support.bars import ARRIVAL, DAY, NOON, aggregate, later, line, record_line, rest_bar
+from polygon_pipeline_tests.support import day_files
+from polygon_pipeline_tests.support.bars import ARRIVAL, DAY, NOON, aggregate, at, later, line, record_line, rest_bar
 from polygon_pipeline_tests.support.ledgers import account_of, ledger_of
 
 
@@ -276,15 +277,49 @@ _FLAT_FILE = (
 ).encode()
 
 
-def _flat_files(content: bytes, folder: Path) -> bool:
+def _flat_files(content: bytes, folder: Path, kind: FlatFileKind = FlatFileKind.MINUTES) -> bool:
     file = folder / "day.csv.gz"
     file.write_bytes(content)
     with tempfile.TemporaryDirectory(dir=folder) as space:
         try:
-            from_flat_file(DAY, file, later(90_000), "etag", Path(space) / "day.parquet", Path(space))
+            from_flat_file(DAY, file, later(90_000), "etag", Path(space) / "day.parquet", Path(space), kind)
         except UnreadableReference:
             return False
+        if kind is FlatFileKind.DAYS:
+            _assert_one_bar_a_ticker(Path(space) / "day.parquet")
     return True
+
+
+def _day_files(content: bytes, folder: Path) -> bool:
+    return _flat_files(content, folder, FlatFileKind.DAYS)
+
+
+_DAY_ANSWERS = [
+    json.dumps({"status": "OK", "results": [{"T": ticker, **rest_bar(at(16, 0))} for ticker in tickers]}).encode()
+    for tickers in (["SPY", "BRK.B"], ["SPY", "SPY"], [])
+]
+
+
+def _day_answers(content: bytes, folder: Path) -> bool:
+    history = RestHistory("http://127.0.0.1:1", "a-secret-key", RateLimit.per_minute(folder / "limit", 10**9))
+    response = urllib3.HTTPResponse(io.BytesIO(content), status=200, preload_content=False)
+    with (
+        mock.patch.object(urllib3.PoolManager, "request", return_value=response),
+        tempfile.TemporaryDirectory(dir=folder) as space,
+    ):
+        try:
+            from_day_answer(DAY, history.daily_bars(DAY), Path(space) / "day.parquet", Path(space))
+        except (UnreadableReference, *_HISTORY_ERRORS):
+            return False
+        _assert_one_bar_a_ticker(Path(space) / "day.parquet")
+    return True
+
+
+def _assert_one_bar_a_ticker(file: Path) -> None:
+    rows = day_files.read(file)
+    tickers = [row["ticker"] for row in rows]
+    assert tickers == sorted({*tickers}, key=str.encode), tickers
+    assert all(math.isfinite(row[name]) for row in rows for name in ("open", "high", "low", "close", "volume"))
 
 
 # Settings: a variable a line
@@ -355,6 +390,8 @@ TARGETS = {
         Target("lists", _LISTS, _lists),
         Target("page_files", _PAGE_FILES, _page_files, zstd),
         Target("flat_files", [_FLAT_FILE], _flat_files, gzip.compress),
+        Target("day_files", [_FLAT_FILE], _day_files, gzip.compress),
+        Target("day_answers", _DAY_ANSWERS, _day_answers),
         Target("settings", _ENVIRONMENTS, _settings),
     )
 }

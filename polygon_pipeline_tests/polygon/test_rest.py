@@ -144,6 +144,34 @@ def test_a_day_without_daily_bars_has_no_tickers(server: PlannedServer, history:
     assert history.traded_tickers(DAY) == []
 
 
+def test_a_day_of_the_whole_market_is_one_request_with_what_trades_over_the_counter(
+    server: PlannedServer, history: RestHistory
+) -> None:
+    server.plan[GROUPED] = [answer(rest_bar(T="SPY"), rest_bar(T="TCEHY", otc=True, n=None, vw=None))]
+    found = history.daily_bars(DAY)
+    assert server.paths == [f"{GROUPED}?adjusted=false&include_otc=true"]
+    assert [(bar.ticker, bar.otc, bar.close, bar.vwap) for bar in found.bars] == [
+        ("SPY", False, 450.5, 450.3),
+        ("TCEHY", True, 450.5, None),
+    ]
+    assert not found.refused
+
+
+def test_a_bad_bar_of_a_day_costs_only_itself_and_is_named(server: PlannedServer, history: RestHistory) -> None:
+    bad = [rest_bar(T="GME", c="high"), rest_bar(T="../up"), rest_bar()]
+    server.plan[GROUPED] = [answer(rest_bar(T="SPY"), *bad)]
+    found = history.daily_bars(DAY)
+    assert [bar.ticker for bar in found.bars] == ["SPY"]
+    assert len(found.refused) == 3
+    assert any("GME" in why for why in found.refused)
+    assert any("../up" in why for why in found.refused)
+
+
+def test_a_day_that_the_vendor_does_not_have_yet_has_no_bars(server: PlannedServer, history: RestHistory) -> None:
+    server.plan[GROUPED] = [Answer(body={"queryCount": 0, "resultsCount": 0, "adjusted": False, "status": "OK"})]
+    assert history.daily_bars(DAY).bars == []
+
+
 # Pages
 
 

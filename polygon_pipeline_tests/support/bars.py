@@ -138,6 +138,25 @@ def reference_row(ticker: str = "SPY", start_ms: int = NOON, **fields: object) -
     }
 
 
+def reference_daily_row(ticker: str = "SPY", day: date = DAY, **fields: object) -> Row:
+    """A row of reference_daily_bars. fields: what differs."""
+    return {
+        "ticker": ticker,
+        "date": day,
+        "open": 10.0,
+        "high": 12.0,
+        "low": 9.0,
+        "close": 11.0,
+        "volume": 100.0,
+        "vwap": 10.5,
+        "transactions": 7,
+        "otc": False,
+        "received_at": later(86_400),
+        "source": "rest",
+        **fields,
+    }
+
+
 # As a dataset has it
 
 

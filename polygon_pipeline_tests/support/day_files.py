@@ -77,6 +77,14 @@ def reference_file(
     return file
 
 
+def reference_daily_file(file: Path, rows: Iterable[Row]) -> Path:
+    """A reference_daily_bars file as the lake has it."""
+    info = {"source": "rest", "tickers": None, "until_ms": at(23, 59), "etag": None}
+    table = pa.Table.from_pylist(list(rows), schema=catalog.REFERENCE_DAILY_BARS.schema())
+    pq.write_table(table.replace_schema_metadata({"reference": json.dumps(info)}), file)
+    return file
+
+
 def dataset_file(file: Path, rows: Iterable[Row], dataset: Dataset = catalog.NORMALIZED_BARS) -> Path:
     """A file with these rows and the dataset's columns. Columns that a row does not have are null."""
     pq.write_table(pa.Table.from_pylist(list(rows), schema=dataset.schema()), file)
