@@ -28,6 +28,8 @@ REST_URL = "https://api.massive.com"
 FLAT_FILES_URL = "https://files.massive.com"
 SIMULATOR_KEY = "simulator"
 _KEY_NAMES = ("POLYGON_API_KEY", "MASSIVE_API_KEY")
+# How long the vendor is thought to replace published files; what was seen of it, publication_sensor says.
+FLAT_FILES_REPLACED_DAYS = 30
 
 # In the spellings of all libraries: not each of them knows networks.
 _THIS_MACHINE = "localhost,127.0.0.1,::1,127.0.0.0/8"
@@ -63,6 +65,7 @@ class Settings:
     journal_dir: Path
     metrics_port: int | None
     standby: bool
+    flat_files_replaced_days: int = FLAT_FILES_REPLACED_DAYS
 
     @property
     def is_simulated(self) -> bool:
@@ -176,6 +179,7 @@ def load(environment: Mapping[str, str]) -> Settings:
         journal_dir=Path(environment.get("JOURNAL_DIR") or "var/journal").resolve(),
         metrics_port=_metrics_port(environment),
         standby=_standby(environment),
+        flat_files_replaced_days=_replaced_days(environment),
     )
 
 
@@ -283,6 +287,15 @@ def _standby(environment: Mapping[str, str]) -> bool:
     if text not in ("", "yes", "no"):
         raise ConfigurationError(f"POLYGON_STANDBY is {text!r}; it must be yes or no.")
     return text == "yes"
+
+
+def _replaced_days(environment: Mapping[str, str]) -> int:
+    text = environment.get("POLYGON_FLAT_FILES_REPLACED_DAYS", "").strip() or str(FLAT_FILES_REPLACED_DAYS)
+    if not (re.fullmatch("[0-9]{1,3}", text) and 1 <= int(text) <= 366):
+        raise ConfigurationError(
+            f"POLYGON_FLAT_FILES_REPLACED_DAYS is {text!r}; it must be a number of days from 1 to 366."
+        )
+    return int(text)
 
 
 def _flat_files(environment: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:

@@ -40,6 +40,13 @@ def refused(**environment: str) -> str:
     return str(error.value)
 
 
+def test_replaced_files_are_looked_for_as_long_as_is_said_and_thirty_days_otherwise() -> None:
+    assert load(REAL).flat_files_replaced_days == 30
+    assert load(REAL | {"POLYGON_FLAT_FILES_REPLACED_DAYS": " 90 "}).flat_files_replaced_days == 90
+    for wrong in ("0", "367", "-1", "a month"):
+        assert "POLYGON_FLAT_FILES_REPLACED_DAYS" in refused(POLYGON_FLAT_FILES_REPLACED_DAYS=wrong)
+
+
 def test_without_a_key_the_feed_is_simulated_by_a_server_without_a_fixed_port() -> None:
     found = load(SIMULATED)
     assert (found.feed, found.is_simulated, found.is_demo) == ("simulated", True, True)

@@ -36,6 +36,7 @@ _DATASETS_SECONDS = 0.42
 _DATASETS_SECONDS_PER_BAR = (20 - _DATASETS_SECONDS) / WHOLE_MARKET_BARS
 _RUN_SECONDS = 4.0
 _DATASETS_DAYS_PER_RUN = 100
+_HISTORY_DAYS_PER_RUN = 2 * DAYS_PER_REQUEST
 
 _BYTES_PER_ROW = 40
 # The day's minutes in reference_bars and normalized_bars, and every 5, 15, 30 and 60 of them.
@@ -87,7 +88,7 @@ def estimate(days: Sequence[date], tickers: int | None, by_flat_files: bool, req
         days=count,
         requests=requests,
         fetched_bytes=fetched,
-        fetch_seconds=seconds + math.ceil(count / DAYS_PER_REQUEST) * _RUN_SECONDS,
+        fetch_seconds=seconds + math.ceil(count / _HISTORY_DAYS_PER_RUN) * _RUN_SECONDS,
         make_seconds=count * (_DATASETS_SECONDS + _DATASETS_SECONDS_PER_BAR * bars) + datasets_runs * _RUN_SECONDS,
         stored_bytes=round(count * bars * _ROWS_PER_BAR * _BYTES_PER_ROW),
         puts=count * _FILES_PER_DAY * _PUTS_PER_FILE,

@@ -4,16 +4,17 @@ Belongs here: which source serves a day, keeping what was fetched until a day is
 the lake has. Does not belong here: requests (polygon.rest, polygon.flat_files), rows (datasets.reference), and storing
 the result (defs.writer).
 
-A day whose flat file is due comes from there, whole market in one object. Any other day comes from REST, ticker by
-ticker, and many days at a time: an answer holds some fifty of them. Every ticker's answers are kept below `staging`
-until all of their days are stored, so that a run that was cut goes on where it was.
+A day whose flat file is there or due comes from there, whole market in one object. Any other day comes from REST,
+ticker by ticker, and a month at a time: more per request has gaps, by the vendor's word. Every ticker's answers are
+kept below `staging` until all of their days are stored, so that a run that was cut goes on where it was.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -26,17 +27,20 @@ from polygon_pipeline.datasets.catalog import REFERENCE_BARS, REFERENCE_DAILY_BA
 from polygon_pipeline.datasets.inputs import fetch_reference
 from polygon_pipeline.lake.ledger import market_time, read_ledgers
 from polygon_pipeline.lake.store import Lake
-from polygon_pipeline.market.calendar import day_bounds_ms, session, trading_days
+from polygon_pipeline.market.calendar import day_bounds_ms, session
 from polygon_pipeline.market.hours import filed_by_night_from
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
-from polygon_pipeline.polygon.flat_files import FlatFileKind, expected_at, fetch_flat_file
+from polygon_pipeline.polygon.flat_files import FlatFileKind, expected_at, fetch_flat_file, published_files
 from polygon_pipeline.polygon.rest import Page, RestHistory, seconds_left
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-# An answer holds 50,000 bars; a session has at most 960, or 1,380 with a night (then there is a second page).
-DAYS_PER_REQUEST = 50
+# Calendar days that one request asks for, as the vendor advises against gaps. An answer could hold 50 trading
+# days, or 36 with nights.
+_SPAN = timedelta(days=31)
+# Trading days in that.
+DAYS_PER_REQUEST = 21
 # A bar is final when its revisions are in, which takes about a quarter of an hour; and plans may be 15 minutes late.
 SETTLED = timedelta(minutes=16)
 # Answers kept from an earlier run are used again for so long.
@@ -48,7 +52,7 @@ LONGEST_SECONDS = 12 * 3600.0
 _REPORT_EVERY_SECONDS = 30.0
 # A day that the vendor has not yet is asked for again after so long.
 _LATE_RETRY = timedelta(hours=1)
-_OF_KIND = {FlatFileKind.MINUTES: REFERENCE_BARS, FlatFileKind.DAYS: REFERENCE_DAILY_BARS}
+OF_KIND = {FlatFileKind.MINUTES: REFERENCE_BARS, FlatFileKind.DAYS: REFERENCE_DAILY_BARS}
 _NAMED = 5
 
 
@@ -99,7 +103,7 @@ def fetch_days(
     cannot be fetched is given with its problem, and the others go on; store errors are raised.
     """
     _sweep(sources.staging)
-    by_file = [day for day in sorted(days) if sources.flat_files is not None and now >= expected_at(day)]
+    by_file = _by_file(days, sources.flat_files, now)
     by_rest = [day for day in sorted(days) if day not in by_file]
     began = reported = time.monotonic()
     for done, day in enumerate(by_file, 1):
@@ -119,6 +123,17 @@ def fetch_days(
             if isinstance(problem, reference.UnreadableReference):
                 shutil.rmtree(_staging(sources, span))  # or it would be read again, and again in vain
             yield from (UnfetchedDay(day, problem) for day in span)
+
+
+def _by_file(days: Sequence[date], store: ObjectStore | None, now: datetime) -> list[date]:
+    """The days whose flat file is there or should be, in order."""
+    if store is None:
+        return []
+    early = [day for day in days if now < expected_at(day) and _is_over(day, now)]
+    listed: Collection[date] = ()
+    with suppress(HistoryRefused, HistoryUnavailable):  # then they come by REST
+        listed = published_files(store, early)
+    return [day for day in sorted(days) if day in listed or now >= expected_at(day)]
 
 
 def fetch_daily_days(
@@ -164,7 +179,7 @@ def _from_flat_file(
     now: datetime,
     kind: FlatFileKind = FlatFileKind.MINUTES,
 ) -> FetchedDay:
-    dataset = _OF_KIND[kind]
+    dataset = OF_KIND[kind]
     # One that cannot be read is as good as none: it is replaced.
     old = fetch_reference(lake, day, folder, dataset=dataset)
     info = reference.read_reference_info(old, dataset) if old else None
@@ -217,10 +232,10 @@ def _from_rest(
 
 
 def _spans(days: Sequence[date]) -> Iterator[list[date]]:
-    """The days, sorted, in groups that one answer each holds with all the days between."""
+    """The days, sorted, in groups that one request each asks for with all the days between."""
     span: list[date] = []
     for day in days:
-        if span and len(trading_days(span[0], day)) > DAYS_PER_REQUEST:
+        if span and day - span[0] >= _SPAN:
             yield span
             span = []
         span.append(day)

@@ -5,7 +5,7 @@ Belongs here: how fetching shows in the UI, and when it is asked for. Does not b
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from polygon_pipeline.collector.lease import live_run
 from polygon_pipeline.datasets.catalog import RAW_BARS, REFERENCE_BARS, REFERENCE_DAILY_BARS, REFERENCES, Dataset
 from polygon_pipeline.datasets.day_state import DayStatus, day_status
 from polygon_pipeline.datasets.reference_sources import (
+    DAYS_PER_REQUEST,
     SETTLED,
     FetchedDay,
     Sources,
@@ -39,13 +40,14 @@ from polygon_pipeline.defs.writer import day_metadata, write_day
 from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps
 from polygon_pipeline.lake.store import Lake
+from polygon_pipeline.market.calendar import session
 from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline.settings import ConfigurationError
 
-# As many days as one REST answer holds, so that a year of a ticker takes six requests and not 252. Flat files are a
-# day each whatever the run's length, and 50 of the whole market take some five minutes.
-DAYS_PER_RUN = 50
+# Two requests by REST of each ticker, so that a year of a ticker takes twelve requests and not 252. Flat files are a
+# day each whatever the run's length, and 42 of the whole market take some five minutes.
+DAYS_PER_RUN = 2 * DAYS_PER_REQUEST
 
 _KNOWN_UNTIL = "known_until"
 
@@ -162,8 +164,20 @@ def _store(lake: Lake, fetched: FetchedDay, dataset: Dataset) -> dict[str, Any]:
         _KNOWN_UNTIL: dg.MetadataValue.timestamp(info.until_ms / 1000),
         "changed": fetched.is_new,
         "etag": info.etag or "none",
+        **_publication(fetched),
         **({"tickers_refused": dict([*fetched.refused.items()][:20])} if fetched.refused else {}),
     }
+
+
+def _publication(fetched: FetchedDay) -> dict[str, float]:
+    """How long after the session's end a new flat file came, which Dagster plots over the days."""
+    found = session(fetched.day)
+    if found is None or fetched.published_at is None:
+        return {}
+    after = fetched.published_at - found.post_close
+    if fetched.is_replacement:
+        return {"replaced_after_days": round(after / timedelta(days=1), 2)}
+    return {"published_after_hours": round(after / timedelta(hours=1), 2)}
 
 
 def reported_status(instance: dg.DagsterInstance, lake: Lake, day: date, now: datetime) -> DayStatus:

@@ -13,7 +13,7 @@ YEAR = trading_days(date(2025, 1, 1), date(2026, 1, 2))
 
 
 @pytest.mark.parametrize(
-    ("tickers", "per_minute", "requests", "minutes"), [(10, 5, 60, 12), (500, 5, 3000, 600), (500, 6000, 3000, 15)]
+    ("tickers", "per_minute", "requests", "minutes"), [(10, 5, 120, 24), (500, 5, 6000, 1200), (500, 6000, 6000, 15)]
 )
 def test_a_year_by_rest_takes_what_the_readme_says(
     tickers: int, per_minute: int, requests: int, minutes: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from polygon_pipeline.datasets.reference_sources import (
     fetch_daily_days,
     fetch_days,
 )
+from polygon_pipeline.defs.reference import DAYS_PER_RUN
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset, put_dataset
 from polygon_pipeline.lake.ledger import (
@@ -234,6 +236,24 @@ def test_days_that_are_years_apart_are_requested_separately(file_lake: Lake, tmp
     assert [result.day for result in results if isinstance(result, FetchedDay)] == days
 
 
+def test_a_request_asks_for_a_month_at_the_most_and_a_run_of_the_assets_length_takes_two(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    for first in (date(2026, 1, 2), date(2026, 1, 26), date(2025, 11, 3)):
+        run = calendar.trading_days(first, date(2026, 12, 31))[:DAYS_PER_RUN]
+        days = sorted({*run[::10], run[-1]})  # the days between are asked for with them
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        with vendor(folder, lambda day: MARKET.day_bars(DAY).slice(0, 0)) as vendor_:
+            results = fetched(local_lake(folder / "lake"), days, vendor_.sources(("AAPL",)), folder)
+            asked = [[date.fromisoformat(text) for text in re.findall(r"\d{4}-\d\d-\d\d", p)] for p in vendor_.asked]
+        assert len(results) == len(days)
+        assert len(asked) == 2
+        assert all(last - first < timedelta(days=31) for first, last in asked)
+        assert asked[0][0] == days[0]
+        assert asked[1][1] == days[-1]
+
+
 def test_the_whole_market_by_rest_is_every_ticker_that_traded(file_lake: Lake, tmp_path: Path) -> None:
     with vendor(tmp_path) as vendor_:
         [result] = fetched(file_lake, [DAY], vendor_.sources(("*",)), tmp_path)
@@ -273,6 +293,20 @@ def test_a_flat_file_is_fetched_once_and_again_after_it_was_replaced(
     rows = bars_of(reference(file_lake, DAY, tmp_path))
     assert rows[bar["ticker"], bar["start_ms"]][4] == 12345.0
     assert len(rows) == len(truth())
+
+
+def test_a_flat_file_that_is_published_early_is_used_and_before_it_is_there_the_day_comes_by_rest(
+    file_lake: Lake, tmp_path: Path
+) -> None:
+    files = local_lake(tmp_path / "files")
+    night = datetime(2026, 1, 27, 4, tzinfo=UTC)
+    with vendor(tmp_path) as vendor_:
+        sources = vendor_.sources(("AAPL",), flat_files=files)
+        results = fetched(file_lake, [DAY], sources, tmp_path, night)
+        publish(files.store, DAY, flat_file(MARKET.day_bars(DAY)))
+        results += fetched(file_lake, [DAY], sources, tmp_path, night)
+        assert len(vendor_.asked) == 1
+    assert [result.info.source for result in results if isinstance(result, FetchedDay)] == ["rest", "flat_file"]
 
 
 # The vendor's day

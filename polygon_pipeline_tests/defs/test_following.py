@@ -218,7 +218,10 @@ def test_the_nightly_look_is_over_all_days_and_asks_for_what_is_missing_or_older
     report(instance, [RAW_BARS.name, *MINUTE], DAYS[:60])
     assert night(instance) == []
     report(instance, [REFERENCE_BARS.name], DAYS[10:70])
-    assert night(instance) == [(DAYS[60], DAYS[69], len(MINUTE)), (DAYS[10], DAYS[59], len(MINUTE))]
+    assert night(instance) == [
+        (DAYS[52], DAYS[69], len(MINUTE)),
+        (DAYS[10], DAYS[51], len(MINUTE)),
+    ]
     report(instance, [NORMALIZED_BARS.name], DAYS[:1])
     assert (DAYS[0], DAYS[0], len(MINUTE) - 1) in night(instance)
 
