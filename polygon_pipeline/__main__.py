@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import duckdb
 
@@ -36,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form.add_argument("--json", action="store_true", help="all rows as JSON, one object a line")
     options = parser.parse_args(arguments)
     try:
-        with read.connect() as connection:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            connection = read.connect()
+        with connection:
             if options.csv or options.json:
                 batches = connection.sql(options.sql).to_arrow_reader(100_000)
                 (_write_csv if options.csv else _write_json)(batches, sys.stdout.buffer)
@@ -50,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"polygon-pipeline: {_line(error)}\n")
         return 1
     return 0
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    sys.stderr.write(f"polygon-pipeline: {message}\n")
 
 
 def _line(error: Exception) -> str:

@@ -15,6 +15,7 @@ adjusted (datasets.adjustment), and how files of S3 are read (lake.ranged_files)
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import time
 import warnings
@@ -93,6 +94,7 @@ def connect() -> duckdb.DuckDBPyConnection:
     """
     reader = _Reader(_open())
     present = reader.lake.folders("datasets/")
+    _tell_simulated(reader.lake)
     if not present:
         raise ReadError(f"{reader.lake.uri} has no datasets yet: {_FILL}. LAKE_URI names another lake.")
     known = {dataset.name: dataset for dataset in (*catalog.DATASETS, *catalog.LISTINGS) if dataset.columns}
@@ -147,7 +149,7 @@ def universe(day: Day, to: To = "arrow") -> Any:
     ReadError where the lake has neither.
     """
     wanted = _date("day", day)
-    with _reading() as reader:
+    with _reading(to) as reader:
         columns = [column.name for column in catalog.TICKERS.columns]
         files = reader.fetches(catalog.TICKERS)
         if files:
@@ -179,7 +181,7 @@ def coverage(first: Day, last: Day | None = None, ticker: str = "*", to: To = "a
     """
     begin = _date("first", first)
     end = _today() if last is None else _date("last", last)
-    with _reading() as reader:
+    with _reading(to) as reader:
         stored = reader.days(catalog.NORMALIZED_BARS, begin, end)
         for name, dataset in (("covered", catalog.BAR_COVERAGE), ("days", catalog.DAILY_BARS)):
             reader.relation(name, dataset, list(reader.days(dataset, begin, end).values()))
@@ -232,9 +234,7 @@ def _adjusted_rows(
         raise ReadError(f"first is {begin}, after last, {end}.")
     if adjusted not in get_args(Adjusted):
         raise ReadError(f"adjusted is {adjusted!r}; it must be none, splits or all.")
-    if to not in get_args(To):
-        raise ReadError(f"to is {to!r}; it must be arrow, pandas or polars.")
-    with _reading() as reader:
+    with _reading(to) as reader:
         files = reader.days(dataset, begin, end)
         if not files:
             raise ReadError(reader.no_days(dataset, begin, end))
@@ -256,7 +256,7 @@ def _tell_missing(dataset: Dataset, tickers: Sequence[str] | None, found: pa.Tab
         text = _no_rows(dataset, missing, lake)
         if not present:
             raise ReadError(text)
-        warnings.warn(text, ReadWarning, stacklevel=4)
+        _warn(text)
 
 
 def _no_rows(dataset: Dataset, tickers: Sequence[str], lake: Lake) -> str:
@@ -353,7 +353,7 @@ class _Reader:
         )
         adjustment.make_factors(connection, until)
         for record in adjustment.skipped(connection, until, first):
-            warnings.warn(f"Prices are not adjusted for all that is known: {record}.", ReadWarning, stacklevel=5)
+            _warn(f"Prices are not adjusted for all that is known: {record}.")
 
     def _days_before(self, ex_dates: Sequence[date]) -> list[str]:
         if not ex_dates:
@@ -384,10 +384,13 @@ class _Reader:
 
 
 @contextmanager
-def _reading() -> Iterator[_Reader]:
-    """A reader for one answer. What the store and DuckDB say becomes a ReadError."""
+def _reading(to: To) -> Iterator[_Reader]:
+    """A reader for one answer. What the store and DuckDB say is raised as ReadError or LakeError."""
+    if to not in get_args(To):
+        raise ReadError(f"to is {to!r}; it must be arrow, pandas or polars.")
     reader = _Reader(_open())
     try:
+        _tell_simulated(reader.lake)
         yield reader
     except STORE_ERRORS as error:
         raise permanent_error(error, reader.lake.uri, reader.lake.bucket_region) or error from error
@@ -415,6 +418,19 @@ def _open() -> Lake:
         return access.s3_access(boto3.Session())
 
     return open_lake(uri, s3)
+
+
+def _tell_simulated(lake: Lake) -> None:
+    if lake.feed() == "simulated":
+        _warn(f"{lake.uri} holds a simulated market, not the real one.")
+
+
+def _warn(text: str) -> None:
+    """Warns of the line that called this module."""
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_globals["__name__"] in (__name__, "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, ReadWarning, stacklevel=level)
 
 
 def _select(columns: Sequence[Column], partition: str, files: Sequence[str]) -> str:

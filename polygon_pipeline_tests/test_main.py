@@ -10,6 +10,7 @@ import pytest
 
 from polygon_pipeline.__main__ import main
 from polygon_pipeline.datasets import catalog
+from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.dataset_files import put_dataset
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline_tests.support.day_files import dataset_file
@@ -59,6 +60,13 @@ def test_an_error_is_one_line(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("polygon-pipeline: ")
     assert told.lower() in line.lower()
+
+
+def test_a_simulated_lake_is_told_in_one_line(file_lake: Lake, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    file_lake.put(layout.FEED_KEY, b'{"feed": "simulated", "format": 1}')
+    assert main(["query", "--csv", QUERY]) == 0
+    [line] = capfdbinary.readouterr().err.decode().splitlines()
+    assert line == f"polygon-pipeline: {file_lake.uri} holds a simulated market, not the real one."
 
 
 @pytest.mark.slow

@@ -133,8 +133,9 @@ def test_adjusting_without_splits_and_dividends_says_what_to_do(local: Put) -> N
 def test_a_record_that_cannot_be_used_is_told(local: Put, file_lake: Lake) -> None:
     local(catalog.DAILY_BARS, FRIDAY, [daily_row()])
     put_fetches(file_lake, KNOWN, [Split(MONDAY, 0, 2), Split(MONDAY, 1, 5, ticker="OTHER")])
-    with pytest.warns(ReadWarning, match="the split of SPY on 2026-01-26 is left out: split_from is 0"):
+    with pytest.warns(ReadWarning, match="the split of SPY on 2026-01-26 is left out: split_from is 0") as warned:
         assert closes(read.daily("SPY", FRIDAY, adjusted="splits")) == [100.0]
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_pandas_and_polars_are_given_by_name(local: Put) -> None:
@@ -305,6 +306,22 @@ def test_a_universe_is_the_last_listing_as_of_the_day(put: Put, lake: Lake, tmp_
     assert read.universe(TUESDAY)["ticker"].to_pylist() == ["SPY"]
     with pytest.raises(ReadError, match="no listing of tickers as of 2026-01-22"):
         read.universe("2026-01-22")
+
+
+def test_a_simulated_lake_says_so_wherever_it_is_read(local: Put, file_lake: Lake) -> None:
+    local(catalog.NORMALIZED_BARS, MONDAY, minutes("SPY"))
+    file_lake.put(layout.FEED_KEY, b'{"feed": "simulated", "format": 1}')
+    for reading in (read.connect, lambda: read.bars("SPY", MONDAY), lambda: read.coverage(MONDAY, MONDAY)):
+        with pytest.warns(ReadWarning, match="holds a simulated market, not the real one") as warned:
+            reading()
+        assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_a_lake_of_a_newer_format_is_refused(local: Put, file_lake: Lake) -> None:
+    local(catalog.NORMALIZED_BARS, MONDAY, minutes("SPY"))
+    file_lake.put(layout.FEED_KEY, b'{"feed": "polygon", "format": 99}')
+    with pytest.raises(LakeError, match="Install a newer version"):
+        read.bars("SPY", MONDAY)
 
 
 def test_reading_a_good_lake_warns_of_nothing(local: Put) -> None:

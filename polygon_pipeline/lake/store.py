@@ -191,6 +191,15 @@ class Lake:
             self._require_claim(content, feed)
         return content is not None
 
+    def feed(self) -> str | None:
+        """Which feed fills this lake, or None where nobody says it. Raises LakeError where its format is too new."""
+        content = self.get(layout.FEED_KEY)
+        found = None if content is None else _decode_claim(content)
+        if content is None or found is None:
+            return None
+        self._require_claim(content, found.feed)
+        return found.feed
+
     def _require_claim(self, content: bytes, feed: str) -> None:
         found = _decode_claim(content)
         if found is None:
