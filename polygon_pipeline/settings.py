@@ -30,6 +30,7 @@ SIMULATOR_KEY = "simulator"
 _KEY_NAMES = ("POLYGON_API_KEY", "MASSIVE_API_KEY")
 # How long the vendor is thought to replace published files; what was seen of it, publication_sensor says.
 FLAT_FILES_REPLACED_DAYS = 30
+_TOKEN_CHARACTERS = 16
 
 # In the spellings of all libraries: not each of them knows networks.
 _THIS_MACHINE = "localhost,127.0.0.1,::1,127.0.0.0/8"
@@ -46,9 +47,9 @@ class ConfigurationError(Exception):
 class Settings:
     """What the environment says. tickers: symbols, or `("*",)` for the whole market.
 
-    standby: whether a run waits while another machine collects, and takes over when that is gone.
-
-    websocket_url and rest_url: None for the built-in simulator's own. The flat files' three are all set or all None.
+    websocket_url and rest_url: None for the built-in simulator's own. The flat files' three are all set or all None,
+    and so are the relay's two. standby: whether a run waits while another machine collects, and takes over when that is
+    gone.
     """
 
     feed: str
@@ -65,6 +66,8 @@ class Settings:
     journal_dir: Path
     metrics_port: int | None
     standby: bool
+    relay_port: int | None
+    relay_token: str | None = field(repr=False)
     flat_files_replaced_days: int = FLAT_FILES_REPLACED_DAYS
 
     @property
@@ -158,6 +161,7 @@ def load(environment: Mapping[str, str]) -> Settings:
     websocket_url = environment.get("POLYGON_WEBSOCKET_URL") or (None if simulated else WEBSOCKET_URL)
     rest_url = environment.get("POLYGON_REST_URL") or (None if simulated else REST_URL)
     flat_files_url, flat_files_key_id, flat_files_secret = _flat_files(environment)
+    relay_port, relay_token = _relay(environment)
     if websocket_url:
         require_private("POLYGON_WEBSOCKET_URL", websocket_url, "wss", "ws", environment)
         _require_stocks(websocket_url)
@@ -177,8 +181,10 @@ def load(environment: Mapping[str, str]) -> Settings:
         channels=channels(environment),
         lake_uri=lake_uri(environment),
         journal_dir=Path(environment.get("JOURNAL_DIR") or "var/journal").resolve(),
-        metrics_port=_metrics_port(environment),
+        metrics_port=_port("POLYGON_METRICS_PORT", environment),
         standby=_standby(environment),
+        relay_port=relay_port,
+        relay_token=relay_token,
         flat_files_replaced_days=_replaced_days(environment),
     )
 
@@ -273,12 +279,12 @@ def parse_requests(text: str) -> int:
     return int(text)
 
 
-def _metrics_port(environment: Mapping[str, str]) -> int | None:
-    text = environment.get("POLYGON_METRICS_PORT", "").strip()
+def _port(variable: str, environment: Mapping[str, str]) -> int | None:
+    text = environment.get(variable, "").strip()
     if not text:
         return None
     if not (re.fullmatch("[0-9]{1,5}", text) and 1 <= int(text) <= 65_535):
-        raise ConfigurationError(f"POLYGON_METRICS_PORT is {text!r}; it must be a port from 1 to 65535.")
+        raise ConfigurationError(f"{variable} is {text!r}; it must be a port from 1 to 65535.")
     return int(text)
 
 
@@ -296,6 +302,26 @@ def _replaced_days(environment: Mapping[str, str]) -> int:
             f"POLYGON_FLAT_FILES_REPLACED_DAYS is {text!r}; it must be a number of days from 1 to 366."
         )
     return int(text)
+
+
+def _relay(environment: Mapping[str, str]) -> tuple[int | None, str | None]:
+    """The relay's port and its token; the errors show nothing of the token."""
+    port = _port("POLYGON_RELAY_PORT", environment)
+    if port is None:
+        return None, None
+    token = environment.get("POLYGON_RELAY_TOKEN", "").strip()
+    if len(token) < _TOKEN_CHARACTERS or not token.isascii():
+        raise ConfigurationError(
+            f"POLYGON_RELAY_PORT is set, so POLYGON_RELAY_TOKEN must be, to {_TOKEN_CHARACTERS} or more characters of "
+            "ASCII: readers send it in the place of the vendor's key. Make one with: openssl rand -hex 16"
+        )
+    vendors = ("POLYGON_API_KEY", "MASSIVE_API_KEY", "POLYGON_FLAT_FILES_SECRET")
+    if token in {environment.get(name, "").strip() for name in vendors}:
+        raise ConfigurationError(
+            "POLYGON_RELAY_TOKEN is a key of the vendor's, which every reader would know. Make one of its own with: "
+            "openssl rand -hex 16"
+        )
+    return port, token
 
 
 def _flat_files(environment: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:

@@ -21,6 +21,7 @@ from polygon_pipeline.settings import (
 
 KEY = "a-very-secret-key"
 SECRET = "another-secret"
+TOKEN = "a-secret-of-the-relay"
 REAL = {"POLYGON_API_KEY": KEY, "POLYGON_TICKERS": "SPY"}
 SIMULATED = {"POLYGON_TICKERS": "SPY"}
 FLAT_FILES = {"POLYGON_FLAT_FILES_KEY_ID": "an-id", "POLYGON_FLAT_FILES_SECRET": SECRET}
@@ -153,6 +154,8 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         "JOURNAL_DIR": "journal",
         "POLYGON_METRICS_PORT": "9464",
         "POLYGON_STANDBY": "yes",
+        "POLYGON_RELAY_PORT": "9465",
+        "POLYGON_RELAY_TOKEN": TOKEN,
     }
     assert load(REAL | FLAT_FILES | environment) == Settings(
         feed="polygon",
@@ -169,6 +172,8 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         journal_dir=tmp_path / "journal",
         metrics_port=9464,
         standby=True,
+        relay_port=9465,
+        relay_token=TOKEN,
     )
 
 
@@ -421,6 +426,22 @@ def test_a_collector_stands_by_where_it_is_asked_to(text: str, standby: bool) ->
 
 def test_what_says_neither_yes_nor_no_to_standing_by_is_refused() -> None:
     assert "POLYGON_STANDBY is '1'" in refused(POLYGON_STANDBY="1")
+
+
+def test_the_stream_is_shared_on_a_port_with_a_token_of_its_own_and_not_without_a_port() -> None:
+    alone = load(REAL | {"POLYGON_RELAY_TOKEN": TOKEN})
+    assert (alone.relay_port, alone.relay_token) == (None, None)
+    shared = load(REAL | {"POLYGON_RELAY_TOKEN": f" {TOKEN}\n", "POLYGON_RELAY_PORT": "9465"})
+    assert (shared.relay_port, shared.relay_token) == (9465, TOKEN)
+    assert TOKEN not in repr(shared)
+
+
+@pytest.mark.parametrize("token", ["", "short-secret", "a-secret-in-no-äscii", KEY])
+def test_a_token_that_is_missing_short_or_the_vendors_key_is_refused_and_not_shown(token: str) -> None:
+    message = refused(POLYGON_RELAY_PORT="9465", POLYGON_RELAY_TOKEN=token)
+    assert "POLYGON_RELAY_TOKEN" in message
+    assert not token or token not in message
+    assert "POLYGON_RELAY_PORT" in refused(POLYGON_RELAY_PORT="x", POLYGON_RELAY_TOKEN=TOKEN)
 
 
 _HOOK = "https://hooks.example.com/services/a-webhooks-secret-path?key=another-secret"

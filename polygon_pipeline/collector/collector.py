@@ -14,7 +14,8 @@ A run goes through four phases (Phase), each entered by one thread and awaited b
 4. FINISHED, entered by `publish` or, where it gave up, by `main`. `lease` stops renewing, and the lease is released.
 
 Five threads: main, stream, publish, lease, and the journal's own for syncing. A failure in any of them ends the run by
-way of `main`, which raises it after draining.
+way of `main`, which raises it after draining. The relay, where there is one, has a sixth, whose failure ends the relay
+alone.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from polygon_pipeline.collector.journal import (
 from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Lease, live_run
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.collector.recovery import Recovered, belongs, recover
+from polygon_pipeline.collector.relay import Relay, RelayAccess
 from polygon_pipeline.lake.archive import ArchivedEvent
 from polygon_pipeline.lake.errors import STORE_ERRORS, brief, permanent_error
 from polygon_pipeline.lake.ledger import Account, TimeBase, Watermark, read_ledgers
@@ -81,7 +83,8 @@ class Plan:
     run: a name that sorts by time. owner: who to ask about the run (Dagster's run id). topics: such as `AM.SPY`.
     quiet_limit: how many seconds a subscribed connection may bring no frame, now; None for any time. time_base: which
     time says what a connection covered (lake.ledger). standby: whether the run waits while another collects, and takes
-    over when that one is gone; it connects with the lease only, also where the lake is down.
+    over when that one is gone; it connects with the lease only, also where the lake is down. relay: where the stream is
+    shared; None for nowhere.
     """
 
     run: str
@@ -98,6 +101,7 @@ class Plan:
     quiet_limit: Callable[[], float | None] = lambda: None
     time_base: TimeBase = "processing"
     standby: bool = False
+    relay: RelayAccess | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,15 @@ class _Run:
         self._messages: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()  # for `main` to log
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()  # for `main` to raise
         self._recovered: queue.SimpleQueue[Recovered] = queue.SimpleQueue()  # of lost runs, for `main` to report
+        self._relay = plan.relay and Relay(
+            plan.relay,
+            self._journal,
+            header,
+            lake,
+            lateness=lambda: self._publisher.account.lateness,
+            heard=lambda: self._stream.heard,
+            tell=self._messages.put,
+        )
         self._store_fault: str | None = None
         self._store_faults = 0
         self._drain_deadline = math.inf
@@ -225,6 +238,8 @@ class _Run:
 
     def run(self, ending: Callable[[], str | None]) -> str:
         """On the thread `main`."""
+        if self._relay:
+            self._relay.start()
         publishing = self._thread("publish", self._publish)
         receiving: threading.Thread | None = None
         failure: BaseException | None = None
@@ -287,6 +302,8 @@ class _Run:
             self._journal.close()
         except JournalError as error:
             self._failures.put(error)
+        if self._relay:
+            self._relay.stop()
         self._drain_deadline = time.monotonic() + DRAIN_SECONDS
         self._enter(Phase.DRAINING)
         publishing.join()

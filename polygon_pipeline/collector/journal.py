@@ -26,7 +26,7 @@ import time
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -43,6 +43,8 @@ SEGMENT_BYTES = 16 * 1024 * 1024
 # Between two syncs: what comes meanwhile is synced together. Syncing without a pause takes a tenth of a core and of the
 # disk from everybody else, for bars that come a second or more after their window anyway.
 _GROUP_SECONDS = 0.02
+# The same while somebody waits for what is synced (collector.relay).
+_HURRIED_GROUP_SECONDS = 0.001
 # A full disk would lose frames: the run fails while there is room to end cleanly.
 MIN_FREE_BYTES = 256 * 1024 * 1024
 
@@ -162,6 +164,9 @@ class Journal(Segments):
 
     append() only writes: a thread of the journal's own syncs whatever has come since the last sync, so a slow disk
     makes larger groups instead of a slower socket.
+
+    on_synced: called on that thread after every sync; it must be quick, and raise nothing. is_hurried: whether somebody
+    waits for what is synced.
     """
 
     def __init__(self, root: Path, header: JournalHeader, segment_bytes: int = SEGMENT_BYTES) -> None:
@@ -173,6 +178,8 @@ class Journal(Segments):
         self._last_us = 0
         self._clocks: deque[tuple[int, int]] = deque(maxlen=_CLOCK_CHANGES)  # a stamp; from it on, monotonic less stamp
         self._unsynced: list[tuple[float, int]] = []  # when frames came, and how many
+        self.on_synced: Callable[[], None] | None = None
+        self.is_hurried = False
         self.to_synced: Histogram = Histogram()
         self.frames = 0
         self._closed: dict[int, int] = {}
@@ -256,6 +263,11 @@ class Journal(Segments):
                 return self._closed[number], True
             return (self._synced, False) if number == self._number else (0, False)
 
+    def is_synced(self, number: int, offset: int) -> bool:
+        """Whether that is the end of everything that was appended, and all of it is synced."""
+        with self._changed:
+            return number == self._number and offset == self._written == self._synced
+
     def wait(self, number: int, offset: int, seconds: float) -> None:
         """Waits until there is something to read behind that offset, or the time is over."""
         with self._changed:
@@ -308,9 +320,11 @@ class Journal(Segments):
                         os.close(self._file)
                         self._closed[self._number] = self._written
                     self._changed.notify_all()
+                if on_synced := self.on_synced:
+                    on_synced()
                 if last:
                     return
-                time.sleep(_GROUP_SECONDS)
+                time.sleep(_HURRIED_GROUP_SECONDS if self.is_hurried else _GROUP_SECONDS)
         except Exception as error:  # noqa: BLE001 whatever ends this thread, nothing is safe without it
             with self._changed:
                 self._failure = JournalError(

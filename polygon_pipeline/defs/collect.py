@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from polygon_pipeline import demo
 from polygon_pipeline.collector import launching, metrics, telling
 from polygon_pipeline.collector.collector import Collector, Plan, Progress
+from polygon_pipeline.collector.relay import RelayAccess
 from polygon_pipeline.datasets import catalog
 from polygon_pipeline.defs.reference import reported_status
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
@@ -218,6 +219,7 @@ def _plan(run_id: str, wanted: Settings, config: CollectConfig, day: date, url: 
         quiet_limit=lambda: None if wanted.is_simulated else launching.quiet_limit(datetime.now(UTC)),
         time_base=wanted.time_base,
         standby=wanted.standby if config.standby is None else config.standby,
+        relay=RelayAccess(wanted.relay_port, wanted.relay_token) if wanted.relay_port and wanted.relay_token else None,
     )
 
 
