@@ -24,7 +24,7 @@ from dagster_celery.app import app
 from dagster_k8s import K8sRunLauncher
 from dagster_k8s.job import construct_dagster_k8s_job
 
-from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.definitions import defs
 from polygon_pipeline.launcher import WatchingCeleryRunLauncher
 
 _DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -67,7 +67,7 @@ def test_an_instance_is_what_its_configuration_says(
 
 
 def test_the_workers_processes_wait_for_the_collector_and_its_queue_is_one_of_theirs() -> None:
-    tags = build_defs().resolve_job_def("collect_aggregates").tags
+    tags = defs.resolve_job_def("collect_aggregates").tags
     services = _yaml(_DEPLOY / "celery" / "compose.yaml")["services"]
     units = {path.stem: _unit(path) for path in _SYSTEMD}
     for command in (services["collector"]["command"], shlex.split(units["polygon-collector"]["ExecStart"])):
@@ -117,7 +117,7 @@ def test_a_runs_pod_is_one_that_kubernetes_would_take(job: str, monkeypatch: pyt
     assert set(config) <= set(K8sRunLauncher.config_type())  # type: ignore[no-untyped-call]
     monkeypatch.setattr("kubernetes.config.load_kube_config", lambda *_, **__: None)
     with dg.DagsterInstance.ephemeral() as instance:
-        definition = build_defs().resolve_job_def(job)
+        definition = defs.resolve_job_def(job)
         run = instance.create_run_for_job(definition, tags=definition.tags)
     launcher = K8sRunLauncher(**config, k8s_client_batch_api=object(), k8s_client_core_api=object())
     context = launcher.get_container_context_for_run(run)
@@ -135,6 +135,8 @@ def test_a_runs_pod_is_one_that_kubernetes_would_take(job: str, monkeypatch: pyt
     mounted = {mount.name: mount.mount_path for mount in container.volume_mounts}
     assert set(mounted) <= {volume.name for volume in pod.volumes}
     assert mounted["tmp"] == "/tmp"
+    assert len(set(mounted.values())) == len(container.volume_mounts), "Kubernetes takes one mount a path"
+    assert mounted["home"] == "/var/lib/polygon"
     [claim] = yaml.safe_load_all((_DEPLOY / "kubernetes" / "collector.yaml").read_text())
     claims = [volume.persistent_volume_claim.claim_name for volume in pod.volumes if volume.persistent_volume_claim]
     if job == "collect_aggregates":
@@ -153,6 +155,21 @@ def test_the_task_definition_is_one_that_ecs_would_take() -> None:
     [container] = definition["containerDefinitions"]
     assert container["name"] == _yaml(_DEPLOY / "ecs" / "dagster.yaml")["run_launcher"]["config"]["container_name"]
     assert {mount["sourceVolume"] for mount in container["mountPoints"]} == {v["name"] for v in definition["volumes"]}
+
+
+def test_the_image_is_built_from_what_is_there_and_starts_without_a_shell_as_nobody_special() -> None:
+    lines = (_DEPLOY / "container" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    instructions = [(word, rest) for word, _, rest in (line.partition(" ") for line in lines) if word.isupper()]
+    copied = [shlex.split(rest) for word, rest in instructions if word == "COPY" and "--from" not in rest]
+    sources = {name for words in copied for name in words[:-1] if not name.startswith("--")}
+    kept = [line[1:] for line in (_DEPLOY / "container" / "Dockerfile.dockerignore").read_text().splitlines()]
+    for name in sources:
+        assert (_DEPLOY.parent / name).exists(), name
+        assert any(Path(name).is_relative_to(part) for part in kept if part), f"{name} is ignored"
+    said = {word: rest for word, rest in instructions}
+    assert json.loads(said["ENTRYPOINT"]) == ["/usr/bin/tini", "-g", "--"]
+    assert json.loads(said["CMD"])[0] == "dagster"
+    assert int(said["USER"].partition(":")[0]) > 0
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dagster_celery.launcher import CeleryRunLauncher
 
 from polygon_pipeline import launcher as launcher_module
 from polygon_pipeline.collector.lease import Watch
-from polygon_pipeline.definitions import build_defs
+from polygon_pipeline.definitions import defs
 from polygon_pipeline.launcher import WatchingCeleryRunLauncher
 from polygon_pipeline_tests.support.leases import Clock
 
@@ -30,7 +30,7 @@ def _instance(launcher: type[CeleryRunLauncher]) -> Iterator[dg.DagsterInstance]
 
 def _started(instance: dg.DagsterInstance, job: str = "catch_up") -> dg.DagsterRun:
     tags = {"dagster-celery/task_id": _TASK}
-    run = instance.create_run_for_job(build_defs().resolve_job_def(job), tags=tags)
+    run = instance.create_run_for_job(defs.resolve_job_def(job), tags=tags)
     instance.report_dagster_event(_STARTED, run_id=run.run_id)
     found = instance.get_run_by_id(run.run_id)
     assert found
