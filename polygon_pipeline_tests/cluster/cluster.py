@@ -74,7 +74,6 @@ class Cluster:
 
     def __init__(self, folder: Path, s3: SeaweedFS, variables: Mapping[str, str], days_per_run: int) -> None:
         self.redis = Redis(folder / "redis")
-        self.redis.start()
         self.postgres = Postgres()
         self.s3 = s3
         self.lake: Lake = s3.lake()
@@ -86,6 +85,8 @@ class Cluster:
         self.ui = WebUI(f"http://{self.control.address}:3000")
 
     def start(self) -> None:
+        self.redis.start()
+        self.postgres.start()
         for machine in (self.control, *self.workers):
             self._install(machine)
             machine.start()

