@@ -9,3 +9,5 @@ broker_connection_max_retries = None  # for ever: Redis may be away for as long 
 worker_prefetch_multiplier = 1
 # A run is not tried again by Celery: Dagster does that, when it knows that the run is lost.
 task_acks_late = False
+# A process makes many runs, and pays its start once; then it is replaced, so that nothing it keeps adds up.
+worker_max_tasks_per_child = 200
