@@ -49,7 +49,7 @@ class Settings:
 
     websocket_url and rest_url: None for the built-in simulator's own. The flat files' three are all set or all None,
     and so are the relay's two. standby: whether a run waits while another machine collects, and takes over when that is
-    gone.
+    gone. checkpoint_seconds: how often a run archives what it received; None for the default.
     """
 
     feed: str
@@ -66,6 +66,7 @@ class Settings:
     journal_dir: Path
     metrics_port: int | None
     standby: bool
+    checkpoint_seconds: float | None
     relay_port: int | None
     relay_token: str | None = field(repr=False)
     flat_files_replaced_days: int = FLAT_FILES_REPLACED_DAYS
@@ -186,6 +187,7 @@ def load(environment: Mapping[str, str]) -> Settings:
         relay_port=relay_port,
         relay_token=relay_token,
         flat_files_replaced_days=_replaced_days(environment),
+        checkpoint_seconds=_checkpoint_seconds(environment),
     )
 
 
@@ -322,6 +324,18 @@ def _relay(environment: Mapping[str, str]) -> tuple[int | None, str | None]:
             "openssl rand -hex 16"
         )
     return port, token
+
+
+def _checkpoint_seconds(environment: Mapping[str, str]) -> float | None:
+    text = environment.get("POLYGON_CHECKPOINT_SECONDS", "").strip()
+    if not text:
+        return None
+    if not (re.fullmatch("[0-9]{1,4}", text) and 5 <= int(text) <= 3600):
+        raise ConfigurationError(
+            f"POLYGON_CHECKPOINT_SECONDS is {text!r}; it must be a whole number from 5 to 3600: so many seconds of "
+            "frames at the most are lost with a disk."
+        )
+    return float(text)
 
 
 def _flat_files(environment: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:

@@ -156,6 +156,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         "POLYGON_STANDBY": "yes",
         "POLYGON_RELAY_PORT": "9465",
         "POLYGON_RELAY_TOKEN": TOKEN,
+        "POLYGON_CHECKPOINT_SECONDS": "30",
     }
     assert load(REAL | FLAT_FILES | environment) == Settings(
         feed="polygon",
@@ -174,6 +175,7 @@ def test_every_setting_can_be_set(tmp_path: Path) -> None:
         standby=True,
         relay_port=9465,
         relay_token=TOKEN,
+        checkpoint_seconds=30.0,
     )
 
 
@@ -422,6 +424,12 @@ def test_a_port_that_is_none_is_refused(port: str) -> None:
 @pytest.mark.parametrize(("text", "standby"), [("", False), ("no", False), (" Yes ", True)])
 def test_a_collector_stands_by_where_it_is_asked_to(text: str, standby: bool) -> None:
     assert load(REAL | {"POLYGON_STANDBY": text}).standby is standby
+
+
+@pytest.mark.parametrize("text", ["4", "3601", "-5", "1.5", "soon"])
+def test_a_time_between_checkpoints_that_cannot_be_is_refused(text: str) -> None:
+    assert load(REAL).checkpoint_seconds is None
+    assert "POLYGON_CHECKPOINT_SECONDS" in refused(POLYGON_CHECKPOINT_SECONDS=text)
 
 
 def test_what_says_neither_yes_nor_no_to_standing_by_is_refused() -> None:

@@ -109,7 +109,8 @@ class Progress:
     """How a run stands. Counts are of what is published, since the run's start; times in seconds.
 
     dates: the session dates that got bars since the last checkpoint. backlog_frames, backlog_bytes: what waits on disk;
-    unpublished_seconds: the age of the oldest of it, 0.0 when nothing waits. store_faults: how often the lake did not
+    unpublished_seconds: the age of the oldest of it, 0.0 when nothing waits. disk_only_seconds: the age of the oldest
+    frame that is not in the archive yet, which would be lost with this disk. store_faults: how often the lake did not
     take a write that was tried again. lease_seconds: how long ago the lease was taken or renewed; None before.
     watermarks: of what is published, by channel.
     """
@@ -124,6 +125,7 @@ class Progress:
     backlog_frames: int
     backlog_bytes: int
     unpublished_seconds: float
+    disk_only_seconds: float
     store_fault: str | None
     store_faults: int
     lease_seconds: float | None
@@ -495,6 +497,7 @@ class _Run:
                         last_bar=progress.account.last_received_at,
                         backlog_bytes=progress.backlog_bytes,
                         unpublished_seconds=round(progress.unpublished_seconds, 1),
+                        disk_only_seconds=round(progress.disk_only_seconds, 1),
                         gaps=progress.gaps,
                         store_fault=progress.store_fault,
                         evicted=progress.evicted,
@@ -523,6 +526,7 @@ class _Run:
         backlog = self._backlog_bytes()
         now = datetime.now(UTC)
         oldest = (account.last_received_at or now) if backlog else now
+        unarchived = self._journal.first_received(self._publisher.position[0])
         return Progress(
             account=account,
             dates=frozenset(),
@@ -534,6 +538,7 @@ class _Run:
             backlog_frames=max(0, self._journal.frames - account.frames),
             backlog_bytes=backlog,
             unpublished_seconds=max(0.0, (now - oldest).total_seconds()),
+            disk_only_seconds=0.0 if unarchived is None else time.monotonic() - unarchived,
             store_fault=self._store_fault,
             store_faults=self._store_faults,
             lease_seconds=self._lease.confirmed_seconds,

@@ -182,6 +182,7 @@ class Journal(Segments):
         self.is_hurried = False
         self.to_synced: Histogram = Histogram()
         self.frames = 0
+        self._first: dict[int, float] = {}  # when each segment's first frame came
         self._closed: dict[int, int] = {}
         self._closing: list[tuple[int, int, int]] = []
         self._number = 0
@@ -219,6 +220,7 @@ class Journal(Segments):
             self._written += len(content)
             if kind is RecordType.FRAME:
                 self.frames += len(payloads)
+                self._first.setdefault(self._number, received)
                 self._unsynced.append((received, len(payloads)))
             if self._written >= self._segment_bytes:
                 self._close_segment()
@@ -236,6 +238,15 @@ class Journal(Segments):
         with self._changed:
             at = bisect_right(self._clocks, stamp_us, key=lambda clock: clock[0])
             return (stamp_us + self._clocks[at - 1][1]) / 1_000_000 if at else None
+
+    def first_received(self, number: int) -> float | None:
+        """When the oldest frame of that segment and later ones came, on the clock that never steps; None without any.
+
+        Earlier segments are forgotten.
+        """
+        with self._changed:
+            self._first = {segment: at for segment, at in self._first.items() if segment >= number}
+            return min(self._first.values(), default=None)
 
     def free_bytes(self) -> int:
         """What the journal's disk has left."""

@@ -56,7 +56,7 @@ class CollectorStatus(msgspec.Struct, frozen=True):
 
     evicted: whether another connection has taken the feed over, and it is not back yet. journal_free_bytes: what the
     journal's disk has left; None where that is not known. lag, lateness: in seconds. watermarks: of what is published.
-    The last two by channel.
+    The last two by channel. disk_only_seconds: the age of the oldest frame that would be lost with the holder's disk.
     """
 
     connected: bool = False
@@ -72,6 +72,7 @@ class CollectorStatus(msgspec.Struct, frozen=True):
     lag: LagSummary = LagSummary()
     lateness: dict[Channel, LatenessSummary] = msgspec.field(default_factory=dict)
     watermarks: dict[Channel, Watermark] = msgspec.field(default_factory=dict)
+    disk_only_seconds: float = 0.0
 
 
 class Holding(msgspec.Struct, frozen=True):

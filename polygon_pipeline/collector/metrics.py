@@ -94,6 +94,7 @@ class _Metrics(Collector):
             ("backlog_frames", "Frames that wait in the journal.", progress.backlog_frames),
             ("backlog_bytes", "Bytes that wait in the journal.", progress.backlog_bytes),
             ("backlog_seconds", "The age of the oldest frame that waits.", progress.unpublished_seconds),
+            ("disk_only_seconds", "The age of the oldest frame that is on this disk only.", progress.disk_only_seconds),
             ("store_down", "1 while the lake takes no writes, else 0.", float(progress.store_fault is not None)),
             ("journal_free_bytes", "What the journal's disk has left.", progress.journal_free_bytes),
             ("last_frame_timestamp_seconds", "When the last published frame came.", _timestamp(progress)),

@@ -35,6 +35,7 @@ def standing(progress: Progress, bars: int, wanted: Sequence[str], time_base: Ti
         parts.append(f"not connected ({gaps[-1].cause})")
     parts += _complete(progress.watermarks)
     parts.append(_waiting(progress.backlog_bytes, progress.unpublished_seconds, progress.store_fault))
+    parts += _disk_only(progress.disk_only_seconds)
     return f"{clock(_market_time(account, time_base, now))} New York: {', '.join(parts)}"
 
 
@@ -84,6 +85,7 @@ def live_status(holding: Holding | None, now: datetime) -> str:
         _counted(status.gaps, "gap"),
         *_complete(status.watermarks),
         _waiting(status.backlog_bytes, status.unpublished_seconds, status.store_fault),
+        *_disk_only(status.disk_only_seconds),
     ]
     return f"{', '.join(parts)}; said {max(0.0, (now - holding.renewed_at).total_seconds()):.0f} s ago"
 
@@ -125,6 +127,11 @@ def _waiting(backlog_bytes: int, seconds: float, fault: str | None) -> str:
     if not backlog_bytes or (seconds < _ON_ITS_WAY_SECONDS and not fault):
         return "nothing waits"
     return f"{_size(backlog_bytes)} wait on disk, for {seconds:.0f} s" + (f" ({fault})" if fault else "")
+
+
+def _disk_only(seconds: float) -> list[str]:
+    """What would be lost with the disk; bars may be objects already, their frames are not archived."""
+    return [f"{seconds:.0f} s of frames on this disk only"] if seconds >= _ON_ITS_WAY_SECONDS else []
 
 
 def _size(count: int) -> str:

@@ -215,6 +215,7 @@ def _plan(run_id: str, wanted: Settings, config: CollectConfig, day: date, url: 
         write_objects=not wanted.is_whole_market if config.write_objects is None else config.write_objects,
         write_frames=config.write_frames,
         checkpoint_seconds=config.checkpoint_seconds
+        or wanted.checkpoint_seconds
         or (demo.CHECKPOINT_SECONDS if wanted.is_simulated else _CHECKPOINT_SECONDS),
         quiet_limit=lambda: None if wanted.is_simulated else launching.quiet_limit(datetime.now(UTC)),
         time_base=wanted.time_base,
@@ -276,6 +277,7 @@ def _report(reports: Reports, wanted: Settings, progress: Progress) -> None:
                         "last_received_at": str(account.last_received_at),
                         "backlog_bytes": progress.backlog_bytes,
                         "unpublished_seconds": round(progress.unpublished_seconds, 1),
+                        "disk_only_seconds": round(progress.disk_only_seconds, 1),
                         "imbalance": dg.MetadataValue.json(account.imbalance(write_objects=False)),
                     },
                 )

@@ -288,11 +288,16 @@ def subscribed_tickers(ledgers: Iterable[Ledger]) -> list[str] | None:
 
 
 def market_time(ledgers: Iterable[Ledger], now: datetime) -> datetime:
-    """The feed's own time: now, but the newest bar's end where a run plays through a past day."""
+    """The feed's own time: now, but the newest bar's end where a run plays through a past day.
+
+    The last run is that one, if it goes on; an earlier one whose ledger has no end is lost.
+    """
+    played = sorted((ledger for ledger in ledgers if ledger.time_base == "event"), key=_subscribed_at)
+    if not played or played[-1].complete:
+        return now
     newest_ms = [
         connection.last_bar_ms
-        for ledger in ledgers
-        if ledger.time_base == "event" and not ledger.complete
+        for ledger in played
         for connection in ledger.account.connections
         if connection.last_bar_ms
     ]

@@ -127,3 +127,28 @@ def test_a_journal_that_is_published_by_a_later_process_has_no_lags(tmp_path: Pa
     journal.release()
     assert publisher.account.bars == 1
     assert publisher.account.lags == Lags()
+
+
+def test_the_oldest_frame_that_would_be_lost_with_the_disk_is_known_until_its_segment_is_archived(
+    clock: Clock, tmp_path: Path, file_lake: Lake
+) -> None:
+    journal = Journal(tmp_path, journal_header(lake_uri=file_lake.uri))
+    publisher = Publisher(file_lake, journal, journal_header(lake_uri=file_lake.uri))
+    journal.append(RecordType.EVENT, b'{"kind":"connected","detail":""}')
+
+    def oldest() -> float | None:
+        publish(publisher)
+        return journal.first_received(publisher.position[0])
+
+    assert oldest() is None
+    for _ in range(2):
+        clock.wait(10)
+        _receive(journal, frame_of(plain_bar("SPY", NOON, 1)))
+    assert oldest() == 1010, "its bars are objects, and its frames are archived nowhere"
+    journal.rotate()
+    clock.wait(10)
+    journal.append(RecordType.FRAME, frame_of(plain_bar("SPY", NOON, 2)))
+    assert journal.first_received(publisher.position[0]) == 1010
+    journal.close()
+    assert oldest() is None
+    journal.discard()

@@ -19,7 +19,9 @@ NOW = datetime(2026, 1, 26, 19, 42, 30, tzinfo=UTC)  # 14:42 New York
 WANTED = tuple(f"T{number}" for number in range(12))
 
 
-def progress_of(account: Account, backlog_bytes: int = 0, fault: str | None = None, tickers: int = 12) -> Progress:
+def progress_of(
+    account: Account, backlog_bytes: int = 0, fault: str | None = None, tickers: int = 12, disk_only: float = 0.0
+) -> Progress:
     waits = 7.0 if backlog_bytes else 0.0
     return Progress(
         account,
@@ -32,6 +34,7 @@ def progress_of(account: Account, backlog_bytes: int = 0, fault: str | None = No
         backlog_frames=0,
         backlog_bytes=backlog_bytes,
         unpublished_seconds=waits,
+        disk_only_seconds=disk_only,
         store_fault=fault,
         store_faults=0,
         lease_seconds=None,
@@ -70,6 +73,14 @@ def test_what_is_not_as_it_should_be_stands_in_the_sentence() -> None:
         "14:42 New York: 8,910 bars, 11 of 12 tickers, 2 gaps, 3 quarantined, not connected (no answer), "
         "3.2 MB wait on disk, for 7 s (503)"
     )
+
+
+def test_what_would_be_lost_with_the_disk_is_said_and_not_what_is_on_its_way() -> None:
+    said = [standing(progress_of(Account(), disk_only=s), 0, WANTED, "processing", NOW) for s in (4.0, 287.4)]
+    assert [text.rpartition(", ")[2] for text in said] == ["nothing waits", "287 s of frames on this disk only"]
+    status = CollectorStatus(disk_only_seconds=61.0)
+    told = live_status(msgspec.structs.replace(holding(now=NOW), status=status), NOW)
+    assert "nothing waits, 61 s of frames on this disk only; said" in told
 
 
 def test_the_whole_market_has_no_number_of_tickers_to_reach() -> None:

@@ -17,6 +17,7 @@ from polygon_pipeline.lake.ledger import (
     connected_minutes,
     decode_ledger,
     encode_ledger,
+    market_time,
     missing_minutes,
     objects_counted,
     read_ledgers,
@@ -178,6 +179,14 @@ def test_the_second_run_of_a_played_day_has_only_what_came_after_its_first_bar()
     assert missing(first, second) == [("16:55", "17:36")]
     first.account.connections[0].last_bar_ms = int(at("17:37").timestamp() * 1000)  # its journal is published
     assert missing(first, second) == []
+
+
+def test_the_clock_of_a_played_day_is_that_of_its_last_run_and_no_lost_runs() -> None:
+    lost, now = played(("09:00", "16:55"), complete=False), at("23:00") + timedelta(days=35)
+    assert market_time([lost], now) == at("16:56")
+    live = played(("17:36", "18:00"), complete=False, started="10:00")
+    assert market_time([live, lost], now) == at("18:01")
+    assert market_time([played(("17:36", "18:00"), started="10:00"), lost], now) == now
 
 
 def test_of_a_lost_run_whose_ledger_knows_of_no_bar_everything_before_the_next_run_is_missing() -> None:
