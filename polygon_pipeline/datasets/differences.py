@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polygon_pipeline.datasets.normalize import regular_hours
+from polygon_pipeline.datasets.normalize import parts_of
 from polygon_pipeline.datasets.reference import read_reference_info
 from polygon_pipeline.datasets.session import DuckSession
 from polygon_pipeline.datasets.wording import count
@@ -272,7 +272,7 @@ class Differences(DuckSession):
             "asked": list(asked or ()),
             "asked_all": asked is None,
         }
-        self.rows(_MINUTES, regular_hours(day))
+        self.rows(_MINUTES, parts_of(day))
         self.rows(_TICKERS, parameters)
         for statement in (_COMPARED, _SIDES, _DIFFERENT_MINUTES):
             self.rows(statement)
