@@ -272,7 +272,8 @@ class Differences(DuckSession):
             "asked": list(asked or ()),
             "asked_all": asked is None,
         }
-        self.rows(_MINUTES, parts_of(day))
+        parts = parts_of(day)
+        self.rows(_MINUTES, {name: parts[name] for name in ("open_ms", "close_ms")})
         self.rows(_TICKERS, parameters)
         for statement in (_COMPARED, _SIDES, _DIFFERENT_MINUTES):
             self.rows(statement)

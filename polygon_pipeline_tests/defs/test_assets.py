@@ -14,6 +14,7 @@ from polygon_pipeline.datasets.catalog import (
     BAR_COVERAGE,
     DAILY_BARS,
     DERIVED,
+    LISTINGS,
     NORMALIZED_BARS,
     RESAMPLED,
     SESSION_REPORT,
@@ -36,11 +37,12 @@ PROJECT = Project()
 _DATASETS = [NORMALIZED_BARS.name, *(dataset.name for dataset in DERIVED), BAR_COVERAGE.name, SESSION_REPORT.name]
 
 
-def test_every_asset_is_partitioned_by_trading_day_and_described() -> None:
+def test_every_asset_of_days_is_partitioned_by_trading_day_and_every_asset_described() -> None:
     graph = build_defs(PROJECT).get_repository_def().asset_graph
+    listings = {listing.name for listing in LISTINGS}
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
-        assert node.partitions_def == PROJECT.trading_days
+        assert node.partitions_def == (None if key.to_user_string() in listings else PROJECT.trading_days)
         assert node.description
         assert node.kinds
 
