@@ -148,17 +148,17 @@ def test_the_history_of_a_night_is_fetched_from_the_evening_before_on(
     market = SyntheticMarket(TICKERS)
     flat_files = local_lake(tmp_path / "flat") if is_flat else None
     if flat_files:
-        for day in WEEK[:2]:
+        for day in WEEK[1:3]:
             publish(flat_files.store, day, flat_file(market.day_bars(day)))
     with vendor(tmp_path, market.day_bars) as vendor_:
-        fetched(file_lake, WEEK[:2], vendor_.sources(flat_files=flat_files), tmp_path)
+        fetched(file_lake, WEEK[1:3], vendor_.sources(flat_files=flat_files), tmp_path)
         assert len(vendor_.asked) == (0 if is_flat else len(TICKERS))
-    for day in WEEK[:2]:
+    for day in WEEK[1:3]:
         found, expected = bars_of(reference(file_lake, day, tmp_path)), truth(day, market.day_bars)
         assert found.keys() == expected.keys()
         assert all(found[bar][:5] == values[:5] for bar, values in expected.items())
-    first = min(start_ms for _, start_ms in expected)
-    assert at(21, 0, WEEK[0]) <= first < at(22, 0, WEEK[0])
+        first = min(start_ms for _, start_ms in expected)
+        assert at(21, 0, day - timedelta(days=1)) <= first < at(22, 0, day - timedelta(days=1))
 
 
 def test_a_second_fetch_changes_no_file(file_lake: Lake, tmp_path: Path) -> None:
