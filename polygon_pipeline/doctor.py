@@ -162,9 +162,9 @@ def _version(name: str) -> str:
 
 
 def _calendar(now: datetime) -> Finding:
-    today = now.astimezone(NEW_YORK).date()
-    found = calendar.session(today)
     upcoming = calendar.current_or_next_session(now)
+    today = upcoming.date if upcoming.begin <= now else now.astimezone(NEW_YORK).date()
+    found = calendar.session(today)
     open_hours = (
         f"today {calendar.clock(found.begin)} to {calendar.clock(found.post_close)} New York"
         if found

@@ -287,6 +287,14 @@ def test_the_calendar_says_todays_hours_and_the_next_holiday(now: datetime, told
     assert told in doctor._calendar(now).text
 
 
+def test_the_calendar_says_from_when_there_are_nights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no night session (POLYGON_NIGHT_SESSION_FROM is not set)" in doctor._calendar(NOW).text
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", "2026-12-07")
+    text = doctor._calendar(datetime(2026, 12, 7, 3, tzinfo=UTC)).text  # Sunday, 22:00
+    assert text.startswith("today Sun 21:00 to 20:00 New York; ")
+    assert text.endswith("night session from 2026-12-07")
+
+
 # What a backfill costs
 
 

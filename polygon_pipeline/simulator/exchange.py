@@ -45,7 +45,8 @@ _TICK_SECONDS = 0.01  # events that become due within one tick share a frame
 # Clients may subscribe in several messages: the feed starts only this long after the first one.
 _SETTLE_SECONDS = 0.1
 _CLOSE_SECONDS = 1.0
-# Periods without events that are longer than this are skipped: every night is longer, and no pause in a session is.
+# Periods without events that are longer than this are skipped: a night without a session is longer, and no pause in a
+# session or between two is.
 _NIGHT_MS = 7 * 3_600_000
 # The fault LATE sends this many of the most recent events again.
 _RECENT_EVENTS = 1000

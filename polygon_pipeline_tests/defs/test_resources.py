@@ -109,3 +109,11 @@ def test_a_lake_that_nobody_named_is_refused_where_runs_start_on_other_machines(
             pytest.raises(ConfigurationError, match="LAKE_URI is not set") if refused else nullcontext(),
         ):
             resources.lake.open()
+
+
+def test_nothing_opens_the_lake_with_a_first_night_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = LakeResource(s3=S3Resource())
+    assert lake.open()
+    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", "2026-12-06")  # a Sunday
+    with pytest.raises(ConfigurationError, match="POLYGON_NIGHT_SESSION_FROM"):
+        lake.open()
