@@ -12,6 +12,7 @@ from polygon_pipeline.lake.store import Lake
 from polygon_pipeline_tests.support import real_bars
 from polygon_pipeline_tests.support.fault_matrix import fault_matrix, note_faults
 from polygon_pipeline_tests.support.lakes import local_lake
+from polygon_pipeline_tests.support.nights import forget_first_night
 from polygon_pipeline_tests.support.real_bars import RecordedBars
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
@@ -27,6 +28,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
     for name in ("no_proxy", "NO_PROXY"):  # which the project adds to
         monkeypatch.setenv(name, "")
+    forget_first_night()
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)

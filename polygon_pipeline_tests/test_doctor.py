@@ -25,6 +25,7 @@ from polygon_pipeline.simulator.flat_files import flat_file_key
 from polygon_pipeline.simulator.rest_server import HistoryServer, RestFault, RestFaultType
 from polygon_pipeline.simulator.synthetic import SyntheticMarket
 from polygon_pipeline_tests.support.leases import holding
+from polygon_pipeline_tests.support.nights import first_night
 from polygon_pipeline_tests.support.planned_server import planned_server
 from polygon_pipeline_tests.support.s3_server import SeaweedFS, free_ports
 
@@ -289,7 +290,7 @@ def test_the_calendar_says_todays_hours_and_the_next_holiday(now: datetime, told
 
 def test_the_calendar_says_from_when_there_are_nights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no night session (POLYGON_NIGHT_SESSION_FROM is not set)" in doctor._calendar(NOW).text
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", "2026-12-07")
+    first_night(monkeypatch, "2026-12-07")
     text = doctor._calendar(datetime(2026, 12, 7, 3, tzinfo=UTC)).text  # Sunday, 22:00
     assert text.startswith("today Sun 21:00 to 20:00 New York; ")
     assert text.endswith("night session from 2026-12-07")

@@ -25,7 +25,7 @@ from polygon_pipeline.datasets.resample import Resampling
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.ledger import SESSION_OVER, Account, Connection, missing_minutes, read_ledgers
 from polygon_pipeline.lake.store import Lake
-from polygon_pipeline.market import calendar, hours
+from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
@@ -33,6 +33,7 @@ from polygon_pipeline_tests.support.bars import DAY, EPOCH
 from polygon_pipeline_tests.support.collecting import plan
 from polygon_pipeline_tests.support.day_files import read
 from polygon_pipeline_tests.support.ledgers import ledger_of
+from polygon_pipeline_tests.support.nights import first_night
 
 FIRST_NIGHT = "2026-12-07"
 MINUTE = timedelta(minutes=1)
@@ -94,7 +95,7 @@ PLAN = [
 
 @pytest.fixture(autouse=True)
 def nights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hours.VARIABLE, FIRST_NIGHT)
+    first_night(monkeypatch, FIRST_NIGHT)
 
 
 def moment(start_ms: int) -> datetime:
@@ -191,7 +192,7 @@ def test_a_simulated_session_with_a_night_is_collected_whole_into_one_day(
     tmp_path: Path, file_lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A simulated feed may have nights before any market has: its days are past."""
-    monkeypatch.setenv(hours.VARIABLE, DAY.isoformat())
+    first_night(monkeypatch, DAY)
     feed = SyntheticFeed(SyntheticMarket(["GME", "UHT"]), DAY, [Channel.MINUTE])
     sunday_evening = calendar.session(DAY)
     assert sunday_evening
@@ -211,5 +212,5 @@ def test_a_simulated_session_with_a_night_is_collected_whole_into_one_day(
     assert (ledger.imbalance, ledger.account.outside_hours, ledger.gaps) == ([], 0, [])
     status = day_status(DAY, [ledger], 0, datetime(2026, 2, 1, tzinfo=UTC))
     assert status.state is DayState.COMPLETE, "from the begin of the night on"
-    monkeypatch.delenv(hours.VARIABLE)
+    first_night(monkeypatch, None)
     assert calendar.trade_date(min(start_ms for _, start_ms in bars)) == date(2026, 1, 25), "it was for this feed alone"

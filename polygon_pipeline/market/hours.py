@@ -39,7 +39,7 @@ def night_session_from() -> date | None:
     It is read where it is used, so that no process can forget it. A value that is no date counts as not set: whoever
     opens the lake or the feed names it (settings).
     """
-    return _parsed(os.environ.get(VARIABLE, ""))
+    return _setting()[0]
 
 
 def has_night(day: date) -> bool:
@@ -53,12 +53,13 @@ def filed_by_night_from() -> date:
 
     Only a simulated feed has one before EARLIEST_NIGHT.
     """
-    return min(night_session_from() or EARLIEST_NIGHT, EARLIEST_NIGHT)
+    return _setting()[1]
 
 
-@functools.lru_cache(maxsize=16)
-def _parsed(text: str) -> date | None:
+@functools.cache  # every bar's date is asked for, and to look into the environment takes ten times as long
+def _setting() -> tuple[date | None, date]:
     try:
-        return date.fromisoformat(text.strip())
+        first = date.fromisoformat(os.environ.get(VARIABLE, "").strip())
     except ValueError:
-        return None
+        return None, EARLIEST_NIGHT
+    return first, min(first, EARLIEST_NIGHT)

@@ -14,6 +14,7 @@ from polygon_pipeline.datasets.day_state import DayState, DayStatus
 from polygon_pipeline.market.calendar import trading_days
 from polygon_pipeline_tests.support.bars import DAY
 from polygon_pipeline_tests.support.leases import holding
+from polygon_pipeline_tests.support.nights import first_night
 
 NOW = datetime(2026, 1, 26, 18, tzinfo=UTC)  # 13:00 New York, a Monday
 NIGHT = datetime(2026, 1, 26, 4, tzinfo=UTC)
@@ -111,7 +112,7 @@ def test_a_collector_that_renews_its_lease_and_publishes_is_well() -> None:
 def test_nobody_at_work_is_a_cause_at_night_where_the_market_trades_then(monkeypatch: pytest.MonkeyPatch) -> None:
     evening = datetime(2026, 12, 7, 3, tzinfo=UTC)  # Sunday, 22:00
     assert _keys(_lease(released=True), now=evening) == []
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", "2026-12-07")
+    first_night(monkeypatch, "2026-12-07")
     assert _keys(_lease(released=True), now=evening) == ["collector:none"]
 
 

@@ -14,6 +14,7 @@ from polygon_pipeline.polygon.stream import ConnectionEvent, EventKind
 from polygon_pipeline_tests.support.bars import DAY, NOON, aggregate, at
 from polygon_pipeline_tests.support.events import encode
 from polygon_pipeline_tests.support.journals import journal_header
+from polygon_pipeline_tests.support.nights import first_night
 
 
 def _at(clock: str) -> datetime:
@@ -55,7 +56,7 @@ def test_bars_outside_the_hours_of_their_trade_date_are_counted(monkeypatch: pyt
         return account.outside_hours
 
     assert counted() == 5
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", DAY.isoformat())
+    first_night(monkeypatch, DAY)
     assert counted() == 2, "in the pause, and on a Saturday"
 
 

@@ -62,6 +62,7 @@ from polygon_pipeline_tests.support.bars import DAY, at
 from polygon_pipeline_tests.support.collecting import plan
 from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.ledgers import ledger_of
+from polygon_pipeline_tests.support.nights import first_night
 
 WEEK = calendar.trading_days(date(2026, 1, 26), date(2026, 1, 30))
 LATER = datetime(2026, 3, 2, 12, tzinfo=UTC)
@@ -144,7 +145,7 @@ def test_a_week_over_rest_is_one_request_per_ticker_and_equals_the_vendors_histo
 def test_the_history_of_a_night_is_fetched_from_the_evening_before_on(
     is_flat: bool, file_lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", WEEK[1].isoformat())
+    first_night(monkeypatch, WEEK[1])
     market = SyntheticMarket(TICKERS)
     flat_files = local_lake(tmp_path / "flat") if is_flat else None
     if flat_files:

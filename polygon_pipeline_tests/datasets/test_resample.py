@@ -22,6 +22,7 @@ from polygon_pipeline.datasets.resample import Resampling
 from polygon_pipeline.market.calendar import session
 from polygon_pipeline_tests.support.bars import DAY, HALF_DAY, NIGHT_DAY, NOON, Row, at, moment, normalized_row
 from polygon_pipeline_tests.support.day_files import columns, read, schema
+from polygon_pipeline_tests.support.nights import first_night
 
 PARTS = ("overnight", "pre", "regular", "post")
 
@@ -133,7 +134,7 @@ def day_row(folder: Path, day: date, source: pa.Table | Path) -> list[Row]:
 
 @pytest.mark.parametrize("day", [DAY, HALF_DAY, NIGHT_DAY])
 def test_daily_bars_equal_those_of_plain_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, day: date) -> None:
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", NIGHT_DAY.isoformat())
+    first_night(monkeypatch, NIGHT_DAY)
     rows = random_bars(seed=7, day=day)
     expected = []
     for ticker in ("AAA", "BBB", "CCC"):

@@ -9,6 +9,7 @@ import pytest
 from polygon_pipeline.defs.partitions import Project, day_tags, days_of, spans
 from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import NEW_YORK, completed_sessions, trading_days
+from polygon_pipeline_tests.support.nights import first_night
 
 ALL = Project(date(2003, 9, 10))
 LIVE = {"POLYGON_API_KEY": "a-key", "POLYGON_TICKERS": "SPY"}
@@ -49,7 +50,7 @@ def test_where_there_are_nights_a_sessions_partition_is_there_on_the_evening_bef
     now = datetime(*local, tzinfo=NEW_YORK)
     keys = Project(date(2026, 11, 2)).trading_days.get_partition_keys(now)
     assert keys[-1] == without_nights
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", "2026-12-07")
+    first_night(monkeypatch, "2026-12-07")
     project = Project(date(2026, 11, 2))
     keys = project.trading_days.get_partition_keys(now)
     assert keys[-1] == last

@@ -15,6 +15,7 @@ from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs.resources import LakeResource
 from polygon_pipeline.settings import ConfigurationError
 from polygon_pipeline_tests.support.materializing import PROJECT
+from polygon_pipeline_tests.support.nights import first_night
 from polygon_pipeline_tests.support.planned_server import PlannedServer, planned_server
 
 KEY = "the-key-that-nobody-may-see-11a1"
@@ -114,6 +115,6 @@ def test_a_lake_that_nobody_named_is_refused_where_runs_start_on_other_machines(
 def test_nothing_opens_the_lake_with_a_first_night_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     lake = LakeResource(s3=S3Resource())
     assert lake.open()
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", "2026-12-06")  # a Sunday
+    first_night(monkeypatch, "2026-12-06")  # a Sunday
     with pytest.raises(ConfigurationError, match="POLYGON_NIGHT_SESSION_FROM"):
         lake.open()

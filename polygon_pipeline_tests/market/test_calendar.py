@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from polygon_pipeline.market import calendar, hours
 from polygon_pipeline.market.calendar import NEW_YORK
 from polygon_pipeline_tests.support.bars import moments
+from polygon_pipeline_tests.support.nights import first_night
 
 HOLIDAYS_2026 = [
     date(2026, 1, 1),
@@ -44,7 +45,7 @@ NIGHTS_FROM = pytest.mark.parametrize("first_night", [None, date(2026, 12, 1), d
 def nights_from() -> Iterator[Callable[[date | None], None]]:
     """Sets the first trade date with a night session; None for none. One for all examples of a test."""
     with pytest.MonkeyPatch.context() as environment:
-        yield lambda first: environment.setenv(hours.VARIABLE, "" if first is None else first.isoformat())
+        yield lambda first: first_night(environment, first)
 
 
 def utc(*when: int) -> datetime:
@@ -262,7 +263,7 @@ def test_only_the_variable_gives_a_session_a_night(nights_from: Callable[[date |
 
 @pytest.mark.parametrize("value", ["", " ", "soon", "2026-13-01", "20261"])
 def test_a_value_that_is_no_date_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv(hours.VARIABLE, value)
+    first_night(monkeypatch, value)
     assert hours.night_session_from() is None
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from polygon_pipeline.datasets.pictures.canvas import Span
 from polygon_pipeline.datasets.pictures.heat_map import MOST_TICKERS, heat_map
 from polygon_pipeline_tests.support.bars import DAY, HALF_DAY, at, moment
+from polygon_pipeline_tests.support.nights import first_night
 from polygon_pipeline_tests.support.planned_day import Minute, PlannedDay, online
 
 LEFT, TOP, ROW, HEADING = 88, 82, 28, 24
@@ -51,7 +52,7 @@ def test_the_picture_has_one_pixel_per_minute_and_one_colour_per_state(tmp_path:
 def test_a_session_with_a_night_is_as_wide_and_a_column_shows_the_worse_of_two_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", DAY.isoformat())
+    first_night(monkeypatch, DAY)
     bars = spread(collected=[*range(20), 99], corrected=[100, *range(104, 112)])
     day = PlannedDay(tmp_path, bars, [minute for minute in bars if minute[0] == "SPY"], until=960)
     picture = draw(day, ["SPY"])

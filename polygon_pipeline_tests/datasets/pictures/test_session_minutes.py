@@ -14,6 +14,7 @@ from polygon_pipeline.datasets.pictures import session_minutes
 from polygon_pipeline.datasets.pictures.canvas import GAP, NIGHT, Span
 from polygon_pipeline_tests.support.bars import DAY, Row, at, moment, normalized_row
 from polygon_pipeline_tests.support.day_files import dataset_file
+from polygon_pipeline_tests.support.nights import first_night
 
 LEFT, TOP = 46, 68
 
@@ -46,7 +47,7 @@ def test_a_minute_with_twice_the_bars_is_twice_as_high(tmp_path: Path) -> None:
 
 
 def test_a_session_with_a_night_begins_on_the_evening_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("POLYGON_NIGHT_SESSION_FROM", DAY.isoformat())
+    first_night(monkeypatch, DAY)
     gap = (moment(at(23, 0, date(2026, 1, 25))), moment(at(23, 59, date(2026, 1, 25))))
     picture = draw(tmp_path, [bar("SPY", 10 - 420)], [gap])
     minute = 960 / 1380  # in pixels
