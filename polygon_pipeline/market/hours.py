@@ -9,7 +9,8 @@ session (market.calendar).
     post        from there to 20:00, or 17:00 on half days
 
 The week is planned to run from Sunday 21:00 to Friday 20:00, with a pause from 20:00 to 21:00 that parts two trade
-dates. The clock changes on a Sunday at 02:00, when there is no session: every session with a night has 23 hours.
+dates. The clock changes on a Sunday at 02:00, when there is no session: every session with a night has 23
+hours, 20 on half days.
 """
 
 from __future__ import annotations
