@@ -40,19 +40,26 @@ _FIELDS = ("open", "high", "low", "close", "volume", "vwap")
 _TOLERANCE = "CASE field WHEN 'volume' THEN 1e-5 WHEN 'vwap' THEN 1.001e-4 ELSE 0 END"
 _SAME = f"coalesce(abs({{}} - theirs) <= {_TOLERANCE}, ({{}}) IS NULL AND theirs IS NULL)"
 
-# part: 0 for regular hours, 1 for the minute after the bell, 2 for the others.
+# part: 0 for regular hours, 1 for the minute after the bell, 2 for the others. The vendor's minutes are read of the
+# tickers in question alone, those that ours do not explain: few, and of the whole market they would take four seconds.
 _MINUTES = """
-    CREATE TEMP TABLE minutes AS
+    CREATE TEMP VIEW minutes AS
     SELECT *, CASE
-        WHEN epoch_ms(timestamp) >= $open_ms AND epoch_ms(timestamp) < $close_ms THEN 0
-        WHEN epoch_ms(timestamp) = $close_ms THEN 1
+        WHEN epoch_ms(timestamp) >= {open_ms} AND epoch_ms(timestamp) < {close_ms} THEN 0
+        WHEN epoch_ms(timestamp) = {close_ms} THEN 1
         ELSE 2
     END AS part
     FROM (
         SELECT 'ours' AS side, ticker, timestamp, open, high, low, close, volume, vwap FROM normalized
         UNION ALL
         SELECT 'vendor', ticker, timestamp, open, high, low, close, volume, vwap FROM reference
+        WHERE ticker IN (FROM in_question)
     )
+"""
+
+_IN_QUESTION = """
+    INSERT INTO in_question
+    SELECT DISTINCT ticker FROM differences JOIN tickers USING (ticker) WHERE known AND reason = '{}'
 """
 
 # Every ticker of either day. known: whether the vendor's minutes of it are here, if there are any.
@@ -69,7 +76,7 @@ _COMPARED = f"""
     CREATE TEMP TABLE compared AS
     SELECT *, {_SAME.format("ours", "ours")} OR (field = 'vwap' AND (ours IS NULL OR theirs IS NULL)) AS same
     FROM (
-        SELECT ticker, known, theirs.close AS their_close, theirs.volume AS their_volume, official_open, unnest([
+        SELECT ticker, theirs.volume AS their_volume, official_open, unnest([
             {
     ", ".join(
         f"{{field: '{name}', place: {place}, theirs: theirs.{name}, "
@@ -87,7 +94,7 @@ _PARTS = {0: "", 1: "closing_auction", 2: "extended_hours"}
 
 # What each side's minutes of a ticker give; shares: of the trades up to each part.
 _SIDES = f"""
-    CREATE TEMP TABLE sides AS
+    CREATE OR REPLACE TEMP TABLE sides AS
     SELECT
         side,
         ticker,
@@ -104,13 +111,14 @@ _SIDES = f"""
         for part, reason in _PARTS.items()
     )
 }] AS shares
-    FROM (SELECT ticker, unnest(['ours', 'vendor']) AS side FROM tickers) LEFT JOIN minutes USING (side, ticker)
+    FROM (SELECT ticker, 'ours' AS side FROM tickers UNION ALL SELECT ticker, 'vendor' FROM in_question)
+        LEFT JOIN minutes USING (side, ticker)
     GROUP BY side, ticker
 """
 
-# In what the two sides' minutes of a ticker differ, up to each part.
+# In what the two sides' minutes of a ticker in question differ, up to each part.
 _DIFFERENT_MINUTES = f"""
-    CREATE TEMP TABLE different_minutes AS
+    CREATE OR REPLACE TEMP TABLE different_minutes AS
     SELECT ticker, [{
     ", ".join(
         "concat_ws(' + ', "
@@ -137,7 +145,7 @@ _DIFFERENT_MINUTES = f"""
                 AND mine.close = vendors.close AND abs(mine.volume - vendors.volume) <= 1e-6
                 AND coalesce(abs(mine.vwap - vendors.vwap) <= 5e-5, true)
             ) AS differs
-        FROM (FROM minutes WHERE side = 'ours') AS mine
+        FROM (FROM minutes WHERE side = 'ours' AND ticker IN (FROM in_question)) AS mine
             FULL JOIN (FROM minutes WHERE side = 'vendor') AS vendors USING (ticker, timestamp)
     )
     GROUP BY ticker
@@ -145,6 +153,7 @@ _DIFFERENT_MINUTES = f"""
 
 # Values that the minutes give in another way, the simplest first.
 _DIFFERENCES = f"""
+    CREATE OR REPLACE TEMP TABLE differences AS
     WITH different AS (
         SELECT * FROM compared WHERE NOT same
     ), candidates AS (
@@ -174,7 +183,7 @@ _DIFFERENCES = f"""
                     )
                 ) AS priced USING (ticker)
                 LEFT JOIN different_minutes USING (ticker)
-            WHERE field IN ('open', 'high', 'low', 'close') AND (side = 'ours' OR known)
+            WHERE field IN ('open', 'high', 'low', 'close')
             UNION ALL
             SELECT
                 ticker, field, side, summed.part, reasons, summed.reason, summed.part,
@@ -185,7 +194,7 @@ _DIFFERENCES = f"""
             FROM different
                 JOIN (SELECT side, ticker, unnest(shares) AS summed FROM sides) USING (ticker)
                 LEFT JOIN different_minutes USING (ticker)
-            WHERE field IN ('volume', 'vwap') AND (side = 'ours' OR known)
+            WHERE field IN ('volume', 'vwap')
         )
     )
     SELECT
@@ -196,10 +205,10 @@ _DIFFERENCES = f"""
         theirs,
         coalesce(
             arg_min(reason, rank) FILTER (reason <> '' AND {_SAME.format("value", "value")}), '{UNEXPLAINED}'
-        ) AS reason
+        ) AS reason,
+        place
     FROM different LEFT JOIN candidates USING (ticker, field)
     GROUP BY ticker, field, place, ours, theirs
-    ORDER BY ticker, place
 """
 
 
@@ -272,20 +281,27 @@ class Differences(DuckSession):
             "asked": list(asked or ()),
             "asked_all": asked is None,
         }
-        parts = parts_of(day)
-        self.rows(_MINUTES, {name: parts[name] for name in ("open_ms", "close_ms")})
+        self.rows("CREATE TEMP TABLE in_question (ticker VARCHAR)")
+        self.rows(_MINUTES.format(**parts_of(day)))
         self.rows(_TICKERS, parameters)
-        for statement in (_COMPARED, _SIDES, _DIFFERENT_MINUTES):
-            self.rows(statement)
+        self.rows(_COMPARED)
+        self._explain()
+        self.rows(_IN_QUESTION.format(UNEXPLAINED))
+        if self.rows("FROM in_question LIMIT 1"):
+            self._explain()
+
+    def _explain(self) -> None:
+        self.rows(_SIDES)
+        self.rows(_DIFFERENT_MINUTES)
+        self.rows(_DIFFERENCES, {"day": self._day})
 
     def write(self, target: Path) -> Agreement:
         """Writes daily_differences, sorted by ticker and field."""
-        self.copy(_DIFFERENCES, target, {"day": self._day})
+        self.copy("SELECT * EXCLUDE (place) FROM differences ORDER BY ticker, place", target)
         [(compared, agreeing)] = self.rows(
             "SELECT count(*), count(*) FILTER (agrees) "
             "FROM (SELECT bool_and(same) AS agrees FROM compared GROUP BY ticker)"
         )
-        self.view("differences", target)
         reasons = self.rows(
             "SELECT reason, count(*) AS number FROM differences GROUP BY reason ORDER BY number DESC, reason"
         )

@@ -31,7 +31,6 @@ from polygon_pipeline.datasets.reference_sources import (
     fetch_daily_days,
     fetch_days,
 )
-from polygon_pipeline.defs.reference import DAYS_PER_RUN
 from polygon_pipeline.lake import archive, layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset, put_dataset
 from polygon_pipeline.lake.ledger import (
@@ -237,22 +236,14 @@ def test_days_that_are_years_apart_are_requested_separately(file_lake: Lake, tmp
     assert [result.day for result in results if isinstance(result, FetchedDay)] == days
 
 
-def test_a_request_asks_for_a_month_at_the_most_and_a_run_of_the_assets_length_takes_two(
-    file_lake: Lake, tmp_path: Path
-) -> None:
-    for first in (date(2026, 1, 2), date(2026, 1, 26), date(2025, 11, 3)):
-        run = calendar.trading_days(first, date(2026, 12, 31))[:DAYS_PER_RUN]
-        days = sorted({*run[::10], run[-1]})  # the days between are asked for with them
-        folder = tmp_path / str(first)
-        folder.mkdir()
-        with vendor(folder, lambda day: MARKET.day_bars(DAY).slice(0, 0)) as vendor_:
-            results = fetched(local_lake(folder / "lake"), days, vendor_.sources(("AAPL",)), folder)
-            asked = [[date.fromisoformat(text) for text in re.findall(r"\d{4}-\d\d-\d\d", p)] for p in vendor_.asked]
-        assert len(results) == len(days)
-        assert len(asked) == 2
-        assert all(last - first < timedelta(days=31) for first, last in asked)
-        assert asked[0][0] == days[0]
-        assert asked[1][1] == days[-1]
+def test_a_request_asks_for_a_month_at_the_most(file_lake: Lake, tmp_path: Path) -> None:
+    run = calendar.trading_days(date(2025, 11, 3), date(2026, 1, 2))  # with three holidays
+    days = [run[0], run[20], run[-1]]  # the days between are asked for with them
+    with vendor(tmp_path, lambda day: MARKET.day_bars(DAY).slice(0, 0)) as vendor_:
+        fetched(file_lake, days, vendor_.sources(("AAPL",)), tmp_path)
+        asked = [[date.fromisoformat(text) for text in re.findall(r"\d{4}-\d\d-\d\d", p)] for p in vendor_.asked]
+    assert all(last - first < timedelta(days=31) for first, last in asked)
+    assert asked == [[run[0], run[20]], [run[-1], run[-1]]]
 
 
 def test_the_whole_market_by_rest_is_every_ticker_that_traded(file_lake: Lake, tmp_path: Path) -> None:
