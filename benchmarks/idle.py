@@ -24,7 +24,7 @@ import msgspec
 from benchmarks.harness import say
 from benchmarks.processes import CODE_SERVER, DAEMON, WEB_SERVER, Usage, folder_mb, usage_by_part
 from polygon_pipeline import demo
-from polygon_pipeline.datasets.catalog import DATASETS, RAW_BARS, REFERENCE_BARS, Dataset
+from polygon_pipeline.datasets.catalog import DATASETS, Dataset
 from polygon_pipeline.datasets.staleness import AS_OF
 from polygon_pipeline.defs.collect import FEED_TAG, SESSION_DATE_TAG
 from polygon_pipeline.defs.following import Cursor
@@ -42,7 +42,7 @@ _MINUTE = [dataset for dataset in DATASETS if dataset.channel is Channel.MINUTE]
 _SETTLE_SECONDS = 15.0
 _SETTLE_TURNS = 10
 # The sensor's cursor behind every event.
-_ALL_SEEN = msgspec.json.encode(Cursor({RAW_BARS.name: 2**40, REFERENCE_BARS.name: 2**40})).decode()
+_ALL_SEEN = msgspec.json.encode(Cursor({dataset.name: 2**40 for dataset in _MINUTE if not dataset.inputs})).decode()
 _HIGHEST_SHARE = 0.05
 _HIGHEST_RATIO = 1.5
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 
-from polygon_pipeline.datasets.catalog import FOLLOWING
+from polygon_pipeline.datasets.catalog import FOLLOWING, REFERENCES
 from polygon_pipeline.datasets.reference_sources import DAYS_PER_REQUEST, LONGEST_SECONDS
 from polygon_pipeline.market.bars import Channel
 
@@ -43,7 +43,7 @@ _BYTES_PER_ROW = 40
 _ROWS_PER_BAR = 2 + 1 / 5 + 1 / 15 + 1 / 30 + 1 / 60
 # A file is put once, and what it is made of is listed.
 _PUTS_PER_FILE = 2
-_FILES_PER_DAY = 1 + sum(dataset.channel is Channel.MINUTE for dataset in FOLLOWING)
+_FILES_PER_DAY = len(REFERENCES) + sum(dataset.channel is Channel.MINUTE for dataset in FOLLOWING)
 
 
 @dataclass(frozen=True)
