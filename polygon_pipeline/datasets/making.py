@@ -183,12 +183,11 @@ def _make(
     daily = folder / f"{catalog.DAILY_BARS.name}.parquet"
     if derived or compared:
         with Resampling(day, bars, session, status.state, inputs.vendor_day) as resampling:
-            if compared:
+            if compared and catalog.DAILY_BARS not in derived:
                 resampling.write(catalog.DAILY_BARS, daily)
             for dataset in derived:
                 target = folder / f"{dataset.name}.parquet"
-                if not (compared and target == daily):
-                    resampling.write(dataset, target)
+                resampling.write(dataset, target)
                 is_drawn = drawn and dataset == catalog.DAILY_BARS
                 picture = market_day.draw(day, target, bars, session) if is_drawn else None
                 yield MadeDataset(day, dataset, target, status, {}, picture)

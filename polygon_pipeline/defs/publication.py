@@ -5,15 +5,14 @@ is news (datasets.publication), and fetching (defs.reference).
 """
 
 from collections.abc import Sequence
-from datetime import UTC, date, datetime
-from hashlib import blake2b
+from datetime import UTC, date, datetime, timedelta
 
 import dagster as dg
 import msgspec
 
 from polygon_pipeline import access
 from polygon_pipeline.datasets.catalog import Dataset
-from polygon_pipeline.datasets.publication import Evidence, News, days_looked_at, news, pause
+from polygon_pipeline.datasets.publication import Evidence, days_looked_at, news, pause
 from polygon_pipeline.datasets.reference_sources import OF_KIND
 from polygon_pipeline.datasets.wording import date_and_clock
 from polygon_pipeline.defs.partitions import Project, latest_materialization
@@ -23,13 +22,16 @@ from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable
 from polygon_pipeline.polygon.flat_files import FlatFileKind, published_files
 from polygon_pipeline.settings import ConfigurationError
 
+# A file whose run failed; no run under way takes so long.
+_ASKED_AGAIN_AFTER = timedelta(days=1)
+
 
 class Cursor(msgspec.Struct):
-    """looked_at: when the files were last listed. asked: by dataset and day, the ETag that was last asked for, once:
-    what failed is asked for again by repair_sensor and the schedules. evidence: of all time."""
+    """looked_at: when the files were last listed. asked: by dataset and day, the ETag last asked for, and when.
+    evidence: of all time."""
 
     looked_at: datetime | None = None
-    asked: dict[str, str] = msgspec.field(default_factory=dict)
+    asked: dict[str, tuple[str, datetime]] = msgspec.field(default_factory=dict)
     evidence: Evidence = msgspec.field(default_factory=Evidence)
 
 
@@ -64,20 +66,23 @@ def publication_sensor(
         ]
     except (HistoryRefused, HistoryUnavailable) as error:
         return dg.SensorResult(skip_reason=str(error), cursor=_encoded(cursor))
-    found = [new for new in found if cursor.asked.get(_key(new)) != new.etag]
+    wanted_of: dict[date, list[Dataset]] = {}
     for new in found:
-        context.log.info(f"{OF_KIND[new.kind].name} of {new.day}: {'replaced' if new.replaced_after else 'published'}")
-        if new.replaced_after is not None:
+        dataset = OF_KIND[new.kind]
+        key = f"{dataset.name} {new.day}"
+        etag, asked_at = cursor.asked.get(key, ("", now))
+        if etag == new.etag and now - asked_at < _ASKED_AGAIN_AFTER:
+            continue
+        if etag != new.etag and new.replaced_after is not None:
             cursor.evidence.add(new.replaced_after)
+        context.log.info(f"{key}: {'replaced' if new.replaced_after else 'published'}")
+        cursor.asked[key] = new.etag, now
+        wanted_of.setdefault(new.day, []).append(dataset)
     kept = {f"{dataset.name} {day}" for dataset in OF_KIND.values() for day in days}
-    cursor.asked = {key: etag for key, etag in cursor.asked.items() if key in kept} | {_key(n): n.etag for n in found}
-    requests = _requests(found)
+    cursor.asked = {key: asked for key, asked in cursor.asked.items() if key in kept}
+    requests = history_requests(wanted_of, f"published by {now:%Y-%m-%dT%H:%M:%S}")
     said = None if requests else f"no new file among those of {len(days)} days; {evidence}"
     return dg.SensorResult(run_requests=requests, skip_reason=said, cursor=_encoded(cursor))
-
-
-def _key(new: News) -> str:
-    return f"{OF_KIND[new.kind].name} {new.day}"
 
 
 def _cursor(text: str | None) -> Cursor:
@@ -103,11 +108,3 @@ def _known(instance: dg.DagsterInstance, dataset: Dataset, days: Sequence[date])
         etag = latest.asset_materialization.metadata.get("etag")
         found[day] = "" if etag is None or etag.value == "none" else str(etag.value)
     return found
-
-
-def _requests(found: Sequence[News]) -> list[dg.RunRequest]:
-    wanted: dict[date, list[Dataset]] = {}
-    for new in found:
-        wanted.setdefault(new.day, []).append(OF_KIND[new.kind])
-    etags = " ".join(new.etag for new in found)
-    return history_requests(wanted, f"published {blake2b(etags.encode(), digest_size=8).hexdigest()}")

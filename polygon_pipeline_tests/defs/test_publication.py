@@ -104,6 +104,22 @@ def test_a_file_is_asked_for_once_as_soon_as_it_is_listed_and_again_when_it_was_
     assert "1 replaced files were seen" in ticks.said
 
 
+def test_a_file_that_did_not_come_is_asked_for_again_after_a_day_and_is_no_second_replacement(
+    instance: dg.DagsterInstance, files: Lake
+) -> None:
+    ticks = Ticks(instance)
+    [day] = calendar.completed_sessions(datetime.now(UTC), 1)
+    publish(files, day, *FlatFileKind)
+    fetched(instance, files, day)
+    publish(files, day, FlatFileKind.DAYS, content=b"another file")
+    assert ticks.next() == [([day], BOTH[1:])]
+    assert ticks.next() == []
+    ticks.cursor = (ticks.cursor or "").replace(',"2', ',"1')  # a thousand years later
+    assert ticks.next() == [([day], BOTH[1:])]
+    assert ticks.next() == []
+    assert "1 replaced files were seen" in ticks.said
+
+
 def test_files_are_not_listed_before_the_pause_is_over(instance: dg.DagsterInstance, files: Lake) -> None:
     ticks = Ticks(instance)
     [day] = calendar.completed_sessions(datetime.now(UTC), 1)
