@@ -32,7 +32,7 @@ from polygon_pipeline_tests.support.waiting import until
 
 T = TypeVar("T")
 
-_MINUTE = [dataset for dataset in FOLLOWING if dataset.channel is Channel.MINUTE]
+_MINUTE = [dataset for dataset in FOLLOWING if dataset.channel is Channel.MINUTE and not dataset.required]
 
 pytestmark = pytest.mark.slow
 
