@@ -60,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--corporate-actions",
         action="store_true",
-        help="split GME every Wednesday and let MSFT pay a dividend every Thursday, as the demo does",
+        help="split GME twice a week, forth and back, and let MSFT pay a dividend, as the demo does",
     )
     parser.add_argument(
         "--replay",

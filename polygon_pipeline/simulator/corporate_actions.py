@@ -21,8 +21,9 @@ JsonObject = dict[str, Any]
 _FIRST_LISTED = date(2003, 9, 10)  # the vendor's first day
 _ETFS = ("QQQ", "SPY")
 
-# The demo's events: a ticker that is split every week, forth and back, so that every five sessions have a split, and
-# one that pays a few cents every week. They begin at a fixed date, as bars must be the same in every process.
+# The demo's events: a ticker that is split and put together again every week, so that a price jumps within any five
+# sessions, and one that pays a few cents every week. They begin at a fixed date, as bars must be the same in every
+# process.
 _WEEKLY_SPLIT, _WEEKLY_DIVIDEND = "GME", "MSFT"
 _FIRST_WEEK = date(2026, 1, 5)
 _WEEKLY_CASH = 0.05
@@ -79,18 +80,21 @@ class Actions:
 
 
 def weekly(tickers: Collection[str], last: date) -> Actions:
-    """The demo's events up to a day, of the tickers that have any: a split every Wednesday, and a dividend every
-    Thursday, or the next session after that."""
+    """The demo's events up to a day, of the tickers that have any: four for one on Tuesday, one for four on Thursday,
+    and a dividend on Wednesday, each on the next session where that is none."""
     splits: list[Split] = []
     dividends: list[Dividend] = []
     for week in range(max(0, (last - _FIRST_WEEK).days) // 7 + 1):
         monday = _FIRST_WEEK + timedelta(weeks=week)
-        wednesday, thursday = (_session_from(monday + timedelta(days=days)) for days in (2, 3))
-        if wednesday <= last and _WEEKLY_SPLIT in tickers:
-            splits.append(Split(_WEEKLY_SPLIT, wednesday, *((4, 1) if week % 2 else (1, 4))))
-        if thursday <= last and _WEEKLY_DIVIDEND in tickers:
-            dividends.append(Dividend(_WEEKLY_DIVIDEND, thursday, _WEEKLY_CASH, frequency=52))
-    return Actions(splits, dividends)
+        tuesday, wednesday, thursday = (_session_from(monday + timedelta(days=days)) for days in (1, 2, 3))
+        if _WEEKLY_SPLIT in tickers:
+            splits += [Split(_WEEKLY_SPLIT, tuesday, 1, 4), Split(_WEEKLY_SPLIT, thursday, 4, 1)]
+        if _WEEKLY_DIVIDEND in tickers:
+            dividends.append(Dividend(_WEEKLY_DIVIDEND, wednesday, _WEEKLY_CASH, frequency=52))
+    return Actions(
+        [split for split in splits if split.execution_date <= last],
+        [paid for paid in dividends if paid.ex_date <= last],
+    )
 
 
 def _session_from(day: date) -> date:
