@@ -19,7 +19,7 @@ from polygon_pipeline.defs.describing import describing
 from polygon_pipeline.defs.partitions import URGENT, Project, latest_materialization
 from polygon_pipeline.defs.presenting import markdown_table
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
-from polygon_pipeline.lake.errors import LakeError
+from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief, permanent_error
 from polygon_pipeline.lake.layout import listing_key
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
@@ -90,8 +90,8 @@ def _asset(listing: Listing, since: date) -> dg.AssetsDefinition:
         metadata: dict[str, Any] = {}
         results: list[dg.AssetCheckResult] = []
         try:
+            opened = lake.open()
             with polygon.history() as sources:
-                opened = lake.open()
                 opened.claim(polygon.settings().feed)
                 tickers = None if sources.tickers == ("*",) else sources.tickers
                 if config.get("tickers"):
@@ -113,6 +113,9 @@ def _asset(listing: Listing, since: date) -> dg.AssetsDefinition:
             raise dg.Failure(str(error), allow_retries=False) from error
         except (HistoryUnavailable, NotYetPublished) as error:
             raise dg.Failure(str(error)) from error
+        except STORE_ERRORS as error:
+            refused = permanent_error(error, opened.uri, opened.bucket_region)
+            raise dg.Failure(str(refused or f"{opened.uri} is away: {brief(error)}")) from error
         yield dg.MaterializeResult(metadata=metadata, check_results=results)
 
     return fetch

@@ -137,6 +137,14 @@ def test_what_the_plan_refuses_is_told_and_costs_only_itself(
     assert names == {"splits", "dividends", "ticker_events"}
 
 
+def test_a_lake_that_cannot_be_written_is_named(
+    instance: dg.DagsterInstance, stored: Lake, vendor: PlannedServer, tmp_path: Path
+) -> None:
+    (tmp_path / "lake" / "datasets").write_bytes(b"no folder")
+    [failure] = fetch(instance, "splits").get_step_failure_events()
+    assert stored.uri in str(failure.event_specific_data)
+
+
 def test_listings_as_of_past_dates_can_be_asked_for(
     instance: dg.DagsterInstance, stored: Lake, vendor: PlannedServer
 ) -> None:
