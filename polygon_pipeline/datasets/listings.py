@@ -86,7 +86,7 @@ def keep(lake: Lake, fetched: Fetched, folder: Path) -> Path:
         known = pq.read_table(before, partitioning=None)
         replaced = pa.array(fetched.replaced, known.schema.field(listing.key).type)
         others = known.filter(pc.invert(pc.is_in(known[listing.key], replaced)))
-        table = _sorted(pa.concat_tables([others.cast(table.schema), table]))
+        table = _sorted(listing, pa.concat_tables([others.cast(table.schema), table]))
     file = folder / f"{listing.name}.parquet"
     pq.write_table(table, file, compression="zstd")
     put_listing(lake, listing.name, day, file)
@@ -101,12 +101,14 @@ def _table(listing: Listing, rows: Sequence[msgspec.Struct], constant: dict[str,
         name: [constant[name]] * len(rows) if name in constant else [_utc(getattr(row, name)) for row in rows]
         for name in schema.names
     }
-    return _sorted(pa.table(columns, schema))
+    return _sorted(listing, pa.table(columns, schema))
 
 
-def _sorted(table: pa.Table) -> pa.Table:
-    """By every column, so that the same rows give the same file."""
-    return table.sort_by([(name, "ascending") for name in table.column_names if name != "fetched_at"])
+def _sorted(listing: Listing, table: pa.Table) -> pa.Table:
+    """By key and ticker, for whoever reads one, and then by every other column, so that the same rows give the same
+    file."""
+    names = dict.fromkeys(filter(None, (listing.key, "ticker", *table.column_names)))
+    return table.sort_by([(name, "ascending") for name in names if name != "fetched_at"])
 
 
 def _utc(value: Any) -> Any:
