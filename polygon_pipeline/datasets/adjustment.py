@@ -250,7 +250,7 @@ def make_factors(connection: duckdb.DuckDBPyConnection, as_of: date) -> None:
     A row holds for the days before its date, back to the date of the row before. Prices are multiplied with
     split_factor or, where dividends count too, with total_factor; shares are divided by split_factor.
     """
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE factors AS {_FACTORS}", {"as_of": as_of})
+    _run(connection, f"CREATE OR REPLACE TEMP TABLE factors AS {_FACTORS}", as_of=as_of)
 
 
 def adjusted_rows(bars: str, columns: Sequence[str], adjusted: Adjusted) -> str:
@@ -266,7 +266,7 @@ def adjusted_rows(bars: str, columns: Sequence[str], adjusted: Adjusted) -> str:
 
 def skipped(connection: duckdb.DuckDBPyConnection, as_of: date, first: date = date.min) -> list[Skipped]:
     """The records that are left out, of those that would change prices of the days from `first` to `as_of`."""
-    return [Skipped(*row) for row in connection.execute(_SKIPPED, {"as_of": as_of, "first": first}).fetchall()]
+    return [Skipped(*row) for row in _run(connection, _SKIPPED, as_of=as_of, first=first).fetchall()]
 
 
 def differences(connection: duckdb.DuckDBPyConnection, as_of: date) -> list[Difference]:
@@ -274,7 +274,14 @@ def differences(connection: duckdb.DuckDBPyConnection, as_of: date) -> list[Diff
 
     A dividend without a close before it is not compared, so an empty `closes` compares the splits alone.
     """
-    return [Difference(*row) for row in connection.execute(_DIFFERENCES, {"as_of": as_of}).fetchall()]
+    return [Difference(*row) for row in _run(connection, _DIFFERENCES, as_of=as_of).fetchall()]
+
+
+def _run(connection: duckdb.DuckDBPyConnection, query: str, **parameters: date) -> duckdb.DuckDBPyConnection:
+    # DuckDB compares every bar with every event where it expects few bars, and of files whose columns it was told it
+    # expects one. The whole market would take minutes instead of seconds. The setting also holds for adjusted_rows.
+    connection.execute("SET asof_loop_join_threshold = 0")
+    return connection.execute(query, parameters)
 
 
 def _adjusted(column: str, price_factor: str) -> str:

@@ -190,6 +190,15 @@ def test_the_vendors_factors_of_one_day_may_be_the_days_or_one_after_the_other(f
         assert differences(session.connection, TODAY) == []
 
 
+def test_a_bar_is_not_compared_with_every_event() -> None:
+    """DuckDB would, where it expects few bars."""
+    with with_tables([(day(0), 1.0)], [Split(day(1), 1, 2)]) as session:
+        make_factors(session.connection, TODAY)
+        [(_, plan)] = session.rows(f"EXPLAIN {adjusted_rows('closes', ['ticker', 'close'], 'all')}")
+    assert "asof join" in plan.lower()
+    assert "loop" not in plan.lower()
+
+
 def test_every_column_of_bars_with_fractions_is_a_price_or_counts_shares() -> None:
     bars = (catalog.NORMALIZED_BARS, catalog.NORMALIZED_SECOND_BARS, *catalog.DERIVED)
     doubles = {column.name for dataset in bars for column in dataset.columns if column.type == "double"}
