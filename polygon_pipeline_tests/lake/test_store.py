@@ -495,6 +495,14 @@ def test_a_lake_from_before_formats_had_a_number_has_the_first(file_lake: Lake) 
         file_lake.claim("simulated")
 
 
+def test_a_lake_says_which_feed_fills_it_where_that_is_known(file_lake: Lake) -> None:
+    assert file_lake.feed() is None
+    file_lake.claim("simulated")
+    assert file_lake.feed() == "simulated"
+    file_lake.put(layout.FEED_KEY, b"{")
+    assert file_lake.feed() is None
+
+
 def test_a_claim_that_was_made_is_not_written_again(lake: Lake) -> None:
     lake.claim("polygon")
     before = lake.store.head(layout.FEED_KEY)
