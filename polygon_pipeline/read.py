@@ -224,7 +224,8 @@ def _adjusted_rows(
     as_of: Day | None,
     to: To,
 ) -> Any:
-    tickers = None if ticker == "*" else list(dict.fromkeys([ticker] if isinstance(ticker, str) else ticker))
+    named = list(dict.fromkeys([ticker] if isinstance(ticker, str) else ticker))
+    tickers = None if "*" in named else named
     begin = _date("first", first)
     end = date.max if last is None else _date("last", last)
     known = None if as_of is None else _date("as_of", as_of)
@@ -240,7 +241,7 @@ def _adjusted_rows(
             raise ReadError(reader.no_days(dataset, begin, end))
         reader.relation("stored", dataset, list(files.values()))
         if adjusted != "none":
-            reader.make_factors(tickers, begin, known)
+            reader.make_factors(tickers, min(files), known, with_dividends=adjusted == "all")
         rows = f"(SELECT {', '.join(columns)} FROM stored WHERE {_is_among(tickers)})"
         order = ", ".join(column for column in ("ticker", "date", "timestamp") if column in columns)
         found = reader.table(f"{adjustment.adjusted_rows(rows, columns, adjusted)} ORDER BY {order}")
@@ -334,17 +335,22 @@ class _Reader:
         if dataset is not None:
             self.connection.execute(f"CREATE VIEW {identifier} AS {_nothing(dataset.columns, partition)}")
 
-    def make_factors(self, tickers: Sequence[str] | None, first: date, as_of: date | None) -> None:
+    def make_factors(
+        self, tickers: Sequence[str] | None, first: date, as_of: date | None, with_dividends: bool
+    ) -> None:
         """Makes the table `factors` for prices from `first` on. as_of: as in bars()."""
         connection, until = self.connection, as_of or _today()
         for listing in (catalog.SPLITS, catalog.DIVIDENDS):
-            fetches = self.fetches(listing, until if as_of else date.max)
-            if not fetches:
-                raise ReadError(self._no_fetch(listing, as_of))
-            self.relation("known", listing, [fetches[max(fetches)]])
+            files = []
+            if with_dividends or listing == catalog.SPLITS:
+                fetches = self.fetches(listing, as_of or date.max)
+                if not fetches:
+                    raise ReadError(self._no_fetch(listing, as_of))
+                files = [fetches[max(fetches)]]
+            self.relation("known", listing, files)
             connection.execute(f"CREATE TEMP TABLE {listing.name} AS SELECT * FROM known WHERE {_is_among(tickers)}")
-        ex_dates = self.connection.execute(
-            "SELECT DISTINCT ex_dividend_date FROM dividends WHERE ex_dividend_date BETWEEN $first AND $until",
+        ex_dates = connection.execute(
+            "SELECT DISTINCT ex_dividend_date AS date FROM dividends WHERE date > $first AND date <= $until",
             {"first": first, "until": until},
         ).fetchall()
         self.relation("days_before", catalog.DAILY_BARS, self._days_before([day for (day,) in ex_dates]))
@@ -369,14 +375,14 @@ class _Reader:
                 f"{self.lake.uri} has no {listing.name} from before {min(fetches)}, so what was known on {as_of} "
                 "cannot be said. Leave as_of out to adjust by what is known now."
             )
-        return f"{self.lake.uri} has no {listing.name}, which prices are adjusted by: materialize splits and dividends."
+        return f"{self.lake.uri} has no {listing.name}, which prices are adjusted by: materialize {listing.name}."
 
     def no_days(self, dataset: Dataset, first: date, last: date) -> str:
         every = self.days(dataset, date.min, date.max)
         if not every:
             return f"{self.lake.uri} has no {dataset.name} yet: {_FILL}. LAKE_URI names another lake."
         span = f"on {first}" if first == last else f"from {first} on" if last == date.max else f"from {first} to {last}"
-        closed = "" if calendar.trading_days(first, min(last, _today())) else " No session was or will be then."
+        closed = "" if calendar.trading_days(first, last) else " No session is then."
         return (
             f"{dataset.name} has no day {span}, in {self.lake.uri}: it has {len(every)} from {min(every)} to "
             f"{max(every)}.{closed}"

@@ -130,6 +130,22 @@ def test_adjusting_without_splits_and_dividends_says_what_to_do(local: Put) -> N
         read.daily("SPY", FRIDAY, adjusted="all")
 
 
+def test_splits_alone_need_no_dividends(local: Put, file_lake: Lake) -> None:
+    local(catalog.DAILY_BARS, FRIDAY, [daily_row()])
+    put_fetches(file_lake, KNOWN, [Split(MONDAY, 1, 2)], [Dividend(MONDAY, -1.0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert closes(read.daily("SPY", FRIDAY, adjusted="splits")) == [50.0]
+
+
+def test_a_dividend_from_before_the_first_day_that_is_there_is_no_matter(local: Put, file_lake: Lake) -> None:
+    local(catalog.DAILY_BARS, TUESDAY, [daily_row()])
+    put_fetches(file_lake, KNOWN, dividends=[Dividend(MONDAY, 1.0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert closes(read.daily("SPY", FRIDAY, adjusted="all")) == [100.0]
+
+
 def test_a_record_that_cannot_be_used_is_told(local: Put, file_lake: Lake) -> None:
     local(catalog.DAILY_BARS, FRIDAY, [daily_row()])
     put_fetches(file_lake, KNOWN, [Split(MONDAY, 0, 2), Split(MONDAY, 1, 5, ticker="OTHER")])
@@ -192,6 +208,14 @@ def test_a_dataset_of_ones_own_is_a_view_too(local: Put, file_lake: Lake, tmp_pa
     assert read.connect().sql("SELECT ticker, signal, date FROM my_signals").fetchall() == [("SPY", 0.5, FRIDAY)]
 
 
+def test_a_dataset_without_a_day_is_empty(local: Put, file_lake: Lake) -> None:
+    local(catalog.NORMALIZED_BARS, MONDAY, minutes("SPY"))
+    file_lake.put("datasets/daily_bars/a note", b"of somebody's")
+    connection = read.connect()
+    assert connection.sql("SELECT ticker, close FROM daily_bars").fetchall() == []
+    assert connection.sql("SELECT count(*) FROM normalized_bars").fetchall() == [(2,)]
+
+
 def test_only_the_days_asked_for_are_read(put: Put, lake: Lake) -> None:
     """The other day's file could not be."""
     put(catalog.DAILY_BARS, MONDAY, [daily_row()])
@@ -210,7 +234,7 @@ def test_what_is_not_there_is_an_error_that_says_so(
     with pytest.raises(ReadError, match="has no normalized_bars yet: `make dev` fills one"):
         read.bars("SPY", MONDAY)
     local(catalog.NORMALIZED_BARS, MONDAY, minutes("SPY"))
-    with pytest.raises(ReadError, match=r"no day on 2026-01-24, in .*: it has 1 from .* No session was"):
+    with pytest.raises(ReadError, match=r"no day on 2026-01-24, in .*: it has 1 from .* No session is"):
         read.bars("SPY", "2026-01-24", "2026-01-24")
     with pytest.raises(ReadError, match="no day from 2026-01-27 on"):
         read.bars("SPY", TUESDAY)
