@@ -73,7 +73,7 @@ _TYPES = {
 
 _FILL = (
     "`make dev` fills one; a day of the vendor's history is made with `dagster asset materialize -m "
-    "polygon_pipeline.definitions --select +daily_bars --partition YYYY-MM-DD`"
+    "polygon_pipeline.definitions --select reference_bars,normalized_bars,daily_bars --partition YYYY-MM-DD`"
 )
 
 
