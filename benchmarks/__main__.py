@@ -22,6 +22,7 @@ from benchmarks.harness import Run, say
 NAMES = (
     "collecting",
     "edge",
+    "relay",
     "outage",
     "normalizing",
     "objects",

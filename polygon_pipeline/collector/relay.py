@@ -385,6 +385,7 @@ class Relay:
         while True:
             number, offset = self._position
             end, is_closed = self._journal.end_of(number)
+            end = max(end, offset)  # 0 while it is being closed
             if end > offset:
                 for record in self._journal.read(number, offset, end):
                     self._relay(record)

@@ -28,6 +28,7 @@ from massive.websocket.models import (  # type: ignore[import-untyped, unused-ig
 )
 from websockets.exceptions import ConnectionClosedError
 
+from polygon_pipeline.collector import journal as journal_module
 from polygon_pipeline.collector import relay as relay_module
 from polygon_pipeline.collector.collector import Collector
 from polygon_pipeline.collector.journal import Journal, JournalHeader, RecordType
@@ -253,6 +254,22 @@ def test_at_the_end_everything_is_relayed_and_readers_are_told_to_come_back(file
         assert client.receive()[0]["status"] == "force_disconnect"
         assert client.close_code() == 1012
     assert not any(TOKEN in told for told in shared.told)
+
+
+def test_no_frame_comes_twice_while_segments_are_closed(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_sync(_file: int) -> None:
+        time.sleep(0.01)  # the segment is not under way any more, and not closed yet
+
+    monkeypatch.setattr(journal_module, "sync_file", slow_sync)
+    monkeypatch.setattr(relay_module, "_TICK_SECONDS", 0.001)
+    with listening(shared) as client:
+        for number in range(1, 31):
+            shared.receive(frame(number))
+            if number % 3 == 0:
+                assert prices(client, 3) == [number - 2, number - 1, number]
+                shared.receive(frame(0))
+                assert prices(client, 1) == [0]
+                shared.journal.rotate()
 
 
 # Readers that fail
