@@ -93,7 +93,15 @@ def _serve(pipe: Connection, edges: int) -> None:
 
     start_ms = int(datetime(2026, 1, 26, 14, 30, tzinfo=UTC).timestamp() * 1000)
     # The vendor's documented sample, with the fields that came since.
-    bar: dict[str, float | str] = {"v": 4110, "av": 9470157, "op": 10.4372, "vw": 10.4488, "o": 10.4488, "c": 10.4486, "h": 10.4489}
+    bar: dict[str, float | str] = {
+        "v": 4110,
+        "av": 9470157,
+        "op": 10.4372,
+        "vw": 10.4488,
+        "o": 10.4488,
+        "c": 10.4486,
+        "h": 10.4489,
+    }
     bar |= {"l": 10.4486, "a": 10.4352, "z": 685, "s": start_ms, "e": start_ms + 60_000, "dv": "4110.0"}
     bars = [json.dumps({"ev": "AM", "sym": ticker, **bar}).encode() for ticker in first_tickers(_BARS)]
     feed = [
