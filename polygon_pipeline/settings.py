@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
-from polygon_pipeline.market import hours
+from polygon_pipeline.market import hours, revisions
 from polygon_pipeline.market.bars import Channel, ticker_error
 from polygon_pipeline.market.calendar import FIRST_SESSION, session
 
@@ -169,6 +169,7 @@ def load(environment: Mapping[str, str]) -> Settings:
     if rest_url:
         require_private("POLYGON_REST_URL", rest_url, "https", "http", environment)
     night_session_from(environment)
+    revision_minutes(environment)
     return Settings(
         feed="simulated" if simulated else "polygon",
         api_key=_api_key(environment),
@@ -226,6 +227,18 @@ def night_session_from(environment: Mapping[str, str]) -> date | None:
         raise ConfigurationError(
             f"{hours.VARIABLE} is {text!r}; it must be the first trade date with a night session: a trading day, "
             f"YYYY-MM-DD, from {first} on. Leave it unset while that day is not announced."
+        )
+    return found
+
+
+def revision_minutes(environment: Mapping[str, str]) -> int:
+    """POLYGON_REVISION_MINUTES, which market.revisions reads by itself. Raises ConfigurationError."""
+    text = environment.get(revisions.VARIABLE, "").strip() or str(revisions.USUAL_MINUTES)
+    found = revisions.parsed(text)
+    if found is None:
+        raise ConfigurationError(
+            f"{revisions.VARIABLE} is {text!r}; it must be a whole number from 1 to {revisions.LONGEST_MINUTES}: for "
+            "how many minutes after its end a bar is waited for that is revised."
         )
     return found
 

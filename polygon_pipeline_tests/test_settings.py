@@ -436,6 +436,12 @@ def test_what_says_neither_yes_nor_no_to_standing_by_is_refused() -> None:
     assert "POLYGON_STANDBY is '1'" in refused(POLYGON_STANDBY="1")
 
 
+@pytest.mark.parametrize("minutes", ["0", "241", "-5", "15.5", "fifteen", "٣٠"])
+def test_minutes_of_revisions_that_are_none_are_refused(minutes: str) -> None:
+    assert "POLYGON_REVISION_MINUTES" in refused(POLYGON_REVISION_MINUTES=minutes)
+    assert load(REAL | {"POLYGON_REVISION_MINUTES": " 30 "})
+
+
 def test_the_stream_is_shared_on_a_port_with_a_token_of_its_own_and_not_without_a_port() -> None:
     alone = load(REAL | {"POLYGON_RELAY_TOKEN": TOKEN})
     assert (alone.relay_port, alone.relay_token) == (None, None)

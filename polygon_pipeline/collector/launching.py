@@ -13,9 +13,8 @@ from enum import Enum, auto
 
 from polygon_pipeline.collector.lease import TOLERANCE, TTL, Holding
 from polygon_pipeline.market.calendar import NEW_YORK, current_or_next_session, session
+from polygon_pipeline.market.revisions import collected_after
 
-# Bars are revised for about 15 minutes after their end; the last ones of after hours are waited for.
-REVISIONS = timedelta(minutes=20)
 # Taking over an expired lease takes up to 75 s, and ending a run a few.
 _WITHOUT_LEASE = timedelta(minutes=3)
 _QUIET_SECONDS = 180.0
@@ -69,7 +68,7 @@ def session_end(day: date) -> datetime:
     found = session(day)
     if found is None:
         raise ValueError(f"{day} is not a trading day")
-    return found.post_close + REVISIONS
+    return found.post_close + collected_after()
 
 
 def why_lost(lease: Holding | None, unchanged: timedelta) -> str | None:
@@ -95,7 +94,7 @@ def decide_live(now: datetime, loaded_at: datetime, runs: Sequence[PastRun]) -> 
     runs: this feed's, newest first. loaded_at: when the code location read its environment; a failure for good
     before that may have been corrected since.
     """
-    found = current_or_next_session(now - REVISIONS)
+    found = current_or_next_session(now - collected_after())
     if now < found.begin:
         opening = found.begin.astimezone(NEW_YORK)
         return Wait(f"the market is closed; collecting starts {opening:%A %Y-%m-%d %H:%M} New York")

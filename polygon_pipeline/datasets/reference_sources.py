@@ -29,6 +29,7 @@ from polygon_pipeline.lake.ledger import market_time, read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.calendar import day_bounds_ms, session
 from polygon_pipeline.market.hours import filed_by_night_from
+from polygon_pipeline.market.revisions import settled_after
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import FlatFileKind, expected_at, fetch_flat_file, published_files
 from polygon_pipeline.polygon.rest import Page, RestHistory, seconds_left
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 _SPAN = timedelta(days=31)
 # Trading days in that.
 DAYS_PER_REQUEST = 21
-# A bar is final when its revisions are in, which takes about a quarter of an hour; and plans may be 15 minutes late.
-SETTLED = timedelta(minutes=16)
 # Answers kept from an earlier run are used again for so long.
 _STAGED_FOR = timedelta(hours=6)
 # A run that is under way has added an answer since.
@@ -157,7 +156,9 @@ def _day_from_rest(
 ) -> FetchedDay:
     found = session(day)
     if found and not _is_over(day, market_time(read_ledgers(lake, day).ledgers, now)):
-        raise NotYetPublished(f"{day} is not over, so the vendor has no bar of it yet.", found.post_close + SETTLED)
+        raise NotYetPublished(
+            f"{day} is not over, so the vendor has no bar of it yet.", found.post_close + settled_after()
+        )
     answer = rest.daily_bars(day)
     if answer.refused:
         report(f"{day}: {len(answer.refused)} day bars are left out, such as {answer.refused[0]}")
@@ -319,14 +320,14 @@ def _until_ms(day: date, asked_at: datetime) -> int:
     """Before which start a day's bars are known that were asked for then."""
     if _is_over(day, asked_at):
         return day_bounds_ms(day)[1]
-    settled = asked_at - SETTLED
+    settled = asked_at - settled_after()
     return int(settled.replace(second=0, microsecond=0).timestamp()) * 1000
 
 
 def _is_over(day: date, asked_at: datetime) -> bool:
     """Whether all of a day's bars were final when they were asked for."""
     found = session(day)
-    return found is None or found.post_close + SETTLED <= asked_at
+    return found is None or found.post_close + settled_after() <= asked_at
 
 
 def _sweep(staging: Path) -> None:

@@ -14,7 +14,9 @@ from typing import NamedTuple
 from polygon_pipeline.datasets.coverage import totals
 from polygon_pipeline.datasets.day_state import DayStatus
 from polygon_pipeline.datasets.session import DuckSession
+from polygon_pipeline.lake.lag import LatenessSummary, merged
 from polygon_pipeline.lake.ledger import Ledger, connected_minutes, market_time, missing_minutes, subscribed_tickers
+from polygon_pipeline.market.bars import Channel
 
 # So many are named of each, because a page is made at every checkpoint.
 _NAMED = 5
@@ -107,7 +109,8 @@ class Report(NamedTuple):
     many tickers were; None for the whole market or where nobody says. bars, tickers: those that are there. lag_seconds:
     from a bar's end to its arrival, the median and the 99th of a hundred; None where that says nothing. minutes: the
     totals of bar_coverage. share: of all traded minutes, those that the bars have; None where none is known. up, down:
-    the tickers that moved most; most_traded: by shares.
+    the tickers that moved most; most_traded: by shares. revisions: how late they came in all runs of the day;
+    None where none was measured.
     """
 
     feeds: list[str]
@@ -126,6 +129,7 @@ class Report(NamedTuple):
     up: list[Mover]
     down: list[Mover]
     most_traded: list[Mover]
+    revisions: LatenessSummary | None = None
 
 
 def in_real_time(ledgers: Iterable[Ledger]) -> bool:
@@ -202,6 +206,7 @@ class Reporting(DuckSession):
             up=self._movers("day_return > 0", "day_return DESC, volume DESC, ticker"),
             down=self._movers("day_return < 0", "day_return, volume DESC, ticker"),
             most_traded=self._movers("true", "volume DESC, ticker"),
+            revisions=_revisions(ledgers),
         )
 
     def _movers(self, condition: str, order: str) -> list[Mover]:
@@ -236,6 +241,13 @@ class Reporting(DuckSession):
             )
             for number, (first, last) in enumerate(gaps)
         ]
+
+
+def _revisions(ledgers: Sequence[Ledger]) -> LatenessSummary | None:
+    measured = merged(
+        lateness for ledger in ledgers if (lateness := ledger.account.lateness.get(Channel.MINUTE)) is not None
+    )
+    return measured.summary() if measured.revised.count else None
 
 
 def _cause(ledgers: Iterable[Ledger], first: datetime, last: datetime) -> str:

@@ -36,9 +36,12 @@ from polygon_pipeline.defs.supervision import (
     report_canceling,
 )
 from polygon_pipeline.lake.errors import LakeError, NoCredentials
-from polygon_pipeline.lake.ledger import SESSION_OVER, Gap
+from polygon_pipeline.lake.lag import Lateness, revisions_came
+from polygon_pipeline.lake.ledger import SESSION_OVER, Account, Gap
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
+from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.revisions import collected_after, revised_for
 from polygon_pipeline.polygon.stream import StreamRefused
 from polygon_pipeline.settings import ConfigurationError, Settings
 
@@ -199,7 +202,7 @@ def _session_date(config: CollectConfig, wanted: Settings) -> date:
             raise ConfigurationError(f"session_date is {config.session_date!r}, not YYYY-MM-DD.") from error
     if wanted.is_demo:
         return demo.latest_session(now)
-    return calendar.current_or_next_session(now - launching.REVISIONS).date
+    return calendar.current_or_next_session(now - collected_after()).date
 
 
 def _plan(run_id: str, wanted: Settings, config: CollectConfig, day: date, url: str) -> Plan:
@@ -268,6 +271,7 @@ def _report(reports: Reports, wanted: Settings, progress: Progress) -> None:
                         "bars": count.bars,
                         "objects": count.objects,
                         "revisions": count.revisions,
+                        "revisions_came": _revisions_came(account, channel),
                         "tickers": progress.tickers,
                         "frames": account.frames,
                         "bars_per_second": round(account.bars / max(progress.elapsed_seconds, 1e-9), 1),
@@ -283,6 +287,12 @@ def _report(reports: Reports, wanted: Settings, progress: Progress) -> None:
                 )
             )
     reports.send()
+
+
+def _revisions_came(account: Account, channel: Channel) -> str:
+    """How late, beside how long they are waited for: the evidence for POLYGON_REVISION_MINUTES."""
+    lateness = account.lateness.get(channel, Lateness())
+    return revisions_came(lateness.summary(), revised_for())
 
 
 class _WatchedState:

@@ -10,7 +10,6 @@ from datetime import UTC, date, datetime, timedelta
 import dagster as dg
 import msgspec
 
-from polygon_pipeline.collector.launching import REVISIONS
 from polygon_pipeline.datasets.catalog import DAILY_BARS, FOLLOWING, NORMALIZED, Dataset, roots
 from polygon_pipeline.datasets.staleness import AS_OF, group_days, stale_datasets
 from polygon_pipeline.defs.describing import CHANNEL_TAG
@@ -25,6 +24,7 @@ from polygon_pipeline.defs.partitions import (
 )
 from polygon_pipeline.defs.reference import DAYS_PER_RUN
 from polygon_pipeline.market.calendar import current_or_next_session
+from polygon_pipeline.market.revisions import collected_after
 
 JOB = "datasets"
 
@@ -81,7 +81,7 @@ def datasets_follow_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResu
 
 def _just_made(instance: dg.DagsterInstance, now: datetime) -> set[date]:
     """The session under way, where its datasets were made within LIVE_PAUSE: its bars change at every checkpoint."""
-    found = current_or_next_session(now - REVISIONS)
+    found = current_or_next_session(now - collected_after())
     if now < found.begin:
         return set()  # none is collected
     today = found.date

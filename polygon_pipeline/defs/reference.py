@@ -16,7 +16,6 @@ from polygon_pipeline.datasets.catalog import RAW_BARS, REFERENCE_BARS, REFERENC
 from polygon_pipeline.datasets.day_state import DayStatus, day_status
 from polygon_pipeline.datasets.reference_sources import (
     DAYS_PER_REQUEST,
-    SETTLED,
     FetchedDay,
     Sources,
     UnfetchedDay,
@@ -41,6 +40,7 @@ from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief
 from polygon_pipeline.lake.ledger import read_ledgers, repairable_gaps
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.calendar import session
+from polygon_pipeline.market.revisions import settled_after
 from polygon_pipeline.polygon.errors import HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline.settings import ConfigurationError
@@ -274,7 +274,7 @@ def _reason(
         context.log.warning(f"{lake.url(key)} cannot be read, its gaps are not known: {reason}")
     if strays:
         context.log.info(f"{len(strays)} objects among the ledgers of {day} are no ledgers, such as {strays[0]}")
-    if gaps := repairable_gaps(day, ledgers, known_until_ms, SETTLED, now, live):
+    if gaps := repairable_gaps(day, ledgers, known_until_ms, settled_after(), now, live):
         return f"{count(len(gaps), 'gap')} to repair, New York: {span(gaps[0][0], gaps[-1][1])}", [REFERENCE_BARS]
     status = day_status(day, ledgers, known_until_ms, now, live)
     missing = [

@@ -15,6 +15,8 @@ from polygon_pipeline.datasets.day_state import DayStatus
 from polygon_pipeline.datasets.report import Gap, Mover, Report
 from polygon_pipeline.datasets.wording import change, count, number, percent, plain, span
 from polygon_pipeline.defs.presenting import markdown_table, table
+from polygon_pipeline.lake.lag import revisions_came
+from polygon_pipeline.market.revisions import revised_for
 
 # The UI shows Markdown that is shorter in the page itself, and longer behind a link.
 _INLINE = 1_000
@@ -62,6 +64,7 @@ def summary(day: date, status: DayStatus, report: Report, checks: str) -> str:
         f"- in quarantine: {report.quarantined or 'nothing'}",
         *([f"- checks: {plain(checks)}"] if checks else []),
         *_lag(report),
+        *([f"- {revisions_came(report.revisions, revised_for())}"] if report.revisions else []),
         *(_moved("up", report.up)),
         *(_moved("down", report.down)),
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from datetime import timedelta
 
 import msgspec
 
@@ -122,6 +123,18 @@ class LatenessSummary(msgspec.Struct, frozen=True):
     first: Percentiles = Percentiles()
     revised: Percentiles = Percentiles()
     latest_revision_seconds: float = 0.0
+
+
+def revisions_came(lateness: LatenessSummary, revised_for: timedelta) -> str:
+    """For people: how late revisions came, beside how long they are waited for."""
+    waited = f"they are waited for {revised_for.total_seconds() / 60:.0f} min (POLYGON_REVISION_MINUTES)"
+    if not lateness.revised.count:
+        return f"no revision was measured; {waited}"
+    half, most = lateness.revised.p50 / 60, lateness.revised.p99 / 60
+    return (
+        f"half of {lateness.revised.count:,} revisions came within {half:.1f} min of the bar's end, 99 of 100 within "
+        f"{most:.1f}, the latest after {lateness.latest_revision_seconds / 60:.1f}; {waited}"
+    )
 
 
 class LagSummary(msgspec.Struct, frozen=True):

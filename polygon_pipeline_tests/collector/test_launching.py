@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polygon_pipeline.collector import launching
 from polygon_pipeline.collector.launching import (
     Outcome,
     PastRun,
@@ -21,6 +20,7 @@ from polygon_pipeline.collector.launching import (
 )
 from polygon_pipeline.collector.lease import TOLERANCE, TTL
 from polygon_pipeline.market.calendar import completed_sessions, session
+from polygon_pipeline.market.revisions import collected_after
 from polygon_pipeline_tests.support.bars import DAY, HALF_DAY
 from polygon_pipeline_tests.support.leases import holding
 from polygon_pipeline_tests.support.past_runs import past_runs
@@ -64,8 +64,8 @@ def test_while_the_market_is_closed_nothing_starts_and_the_reason_names_the_next
 ) -> None:
     runs = data.draw(past_runs(now, _DAYS, active=False))
     decision = decide_live(now, loaded_at, runs)
-    today = session((now - launching.REVISIONS - timedelta(hours=5)).date())
-    is_open = today is not None and today.pre_open <= now < today.post_close + launching.REVISIONS
+    today = session((now - collected_after() - timedelta(hours=5)).date())
+    is_open = today is not None and today.pre_open <= now < today.post_close + collected_after()
     assert isinstance(decision, Start) <= is_open
     assert (isinstance(decision, Wait) and "the market is closed; collecting starts" in decision.reason) != is_open
 

@@ -24,7 +24,6 @@ from polygon_pipeline.datasets.coverage import Coverage, State
 from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
 from polygon_pipeline.datasets.reference import Pages, read_reference_info
 from polygon_pipeline.datasets.reference_sources import (
-    SETTLED,
     FetchedDay,
     Sources,
     UnfetchedDay,
@@ -46,6 +45,7 @@ from polygon_pipeline.lake.ledger import (
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market import calendar
 from polygon_pipeline.market.bars import Channel
+from polygon_pipeline.market.revisions import settled_after
 from polygon_pipeline.polygon.errors import HistoryRefused, NotYetPublished
 from polygon_pipeline.polygon.messages import decode_frame
 from polygon_pipeline.polygon.rate_limit import RateLimit
@@ -348,9 +348,12 @@ def test_a_day_that_is_not_over_or_that_the_vendor_does_not_have_yet_is_told_as_
     with vendor(tmp_path, lambda day: MARKET.day_bars(day).slice(0, 0)) as vendor_:
         [early] = fetched_daily(file_lake, [DAY], vendor_.sources(), tmp_path, evening)
         assert not vendor_.asked
-        [late] = fetched_daily(file_lake, [DAY], vendor_.sources(), tmp_path, evening + SETTLED)
+        [late] = fetched_daily(file_lake, [DAY], vendor_.sources(), tmp_path, evening + settled_after())
         assert len(vendor_.asked) == 1
-    for result, next_try in ((early, evening + SETTLED), (late, evening + SETTLED + timedelta(hours=1))):
+    for result, next_try in (
+        (early, evening + settled_after()),
+        (late, evening + settled_after() + timedelta(hours=1)),
+    ):
         assert isinstance(result, UnfetchedDay)
         assert isinstance(result.problem, NotYetPublished)
         assert result.problem.next_try == next_try
@@ -501,11 +504,11 @@ def test_coverage_equals_the_plan_minute_by_minute_and_repaired_bars_equal_the_v
 
     ledgers, unreadable, _ = read_ledgers(file_lake, DAY)
     assert unreadable == {}
-    assert len(repairable_gaps(DAY, ledgers, 0, SETTLED, LATER)) == 1
+    assert len(repairable_gaps(DAY, ledgers, 0, settled_after(), LATER)) == 1
     with vendor(tmp_path, history) as vendor_:
         fetched(file_lake, [DAY], vendor_.sources((*TICKERS, QUIET)), tmp_path)
     known = read_reference_info(reference(file_lake, DAY, tmp_path))
-    assert repairable_gaps(DAY, ledgers, known.until_ms, SETTLED, LATER) == []
+    assert repairable_gaps(DAY, ledgers, known.until_ms, settled_after(), LATER) == []
 
     normalized = tmp_path / "normalized.parquet"
     normalize_day(file_lake, fetch_raw(file_lake, DAY, Channel.MINUTE, tmp_path), normalized, tmp_path)

@@ -13,7 +13,9 @@ from polygon_pipeline.datasets import catalog
 from polygon_pipeline.datasets.coverage import Coverage
 from polygon_pipeline.datasets.day_state import DayState, DayStatus
 from polygon_pipeline.datasets.report import Gap, Report, Reporting, day_gaps
+from polygon_pipeline.lake.lag import Lateness
 from polygon_pipeline.lake.ledger import Account, Connection, Ledger
+from polygon_pipeline.market.bars import Channel
 from polygon_pipeline_tests.support.bars import DAY, Row, at, moment, normalized_row, reference_row
 from polygon_pipeline_tests.support.day_files import columns, dataset_file, read, reference_file, schema
 from polygon_pipeline_tests.support.ledgers import ledger_of
@@ -130,6 +132,19 @@ def test_a_gap_of_a_run_that_is_lost_names_it(known: bool, tmp_path: Path) -> No
     assert [(gap.first, gap.last, gap.cause) for gap in found.gaps] == [
         (first, moment(at(10, 19)), "what run LOST received then is not on the lake")
     ]
+
+
+def test_how_late_revisions_came_is_that_of_all_runs(tmp_path: Path) -> None:
+    runs = [run_of((at(3, 0), at(12, 0), "")), run_of((at(12, 0), EVENING + 99_000, ""))]
+    unmeasured, _ = report(tmp_path, [bar("SPY", at(10, 0))], runs)
+    assert unmeasured.revisions is None
+    for run, seconds in zip(runs, (60.0, 840.0), strict=True):
+        measured = run.account.lateness.setdefault(Channel.MINUTE, Lateness())
+        measured.revised.add(seconds)
+        measured.latest_revision_seconds = seconds
+    found, _ = report(tmp_path, [bar("SPY", at(10, 0))], runs)
+    assert found.revisions
+    assert (found.revisions.revised.count, found.revisions.latest_revision_seconds) == (2, 840)
 
 
 def test_the_lag_is_of_bars_that_the_stream_sent_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import dagster as dg
 from polygon_pipeline.datasets.day_state import DayState, DayStatus
 from polygon_pipeline.datasets.report import Gap, Mover, Report
 from polygon_pipeline.defs import report_page
+from polygon_pipeline.lake.lag import LatenessSummary, Percentiles
 from polygon_pipeline_tests.support.bars import DAY, at, moment
 
 STATUS = DayStatus(DayState.COMPLETE, "a collector was connected to the session's end", True)
@@ -41,6 +42,15 @@ def report_of(**changes: Any) -> Report:
 
 def summary(**changes: Any) -> str:
     return report_page.summary(DAY, STATUS, report_of(**changes), "9 of 9 passed")
+
+
+def test_how_late_revisions_came_stands_beside_how_long_they_are_waited_for() -> None:
+    assert "revision" not in summary()
+    measured = LatenessSummary(revised=Percentiles(100, 60.0, 600.0, 840.0), latest_revision_seconds=870.0)
+    assert (
+        "- half of 100 revisions came within 1.0 min of the bar's end, 99 of 100 within 10.0, the latest after 14.5; "
+        "they are waited for 15 min (POLYGON_REVISION_MINUTES)\n"
+    ) in summary(revisions=measured)
 
 
 def test_a_day_is_told_in_a_few_lines() -> None:

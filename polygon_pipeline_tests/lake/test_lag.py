@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 
 import msgspec
 import pytest
@@ -15,7 +16,9 @@ from polygon_pipeline.lake.lag import (
     SHORTEST_SECONDS,
     Histogram,
     Lags,
+    Lateness,
     Percentiles,
+    revisions_came,
 )
 from polygon_pipeline.lake.ledger import Account, decode_ledger, encode_ledger
 from polygon_pipeline_tests.support.ledgers import account_of, ledger_of
@@ -81,3 +84,18 @@ def test_a_ledger_from_before_lags_were_kept_is_read(left_out: str) -> None:
     stored = msgspec.json.decode(encode_ledger(ledger_of(account_of(1))))
     (stored["account"] if left_out == "lags" else stored).pop(left_out)
     assert decode_ledger(msgspec.json.encode(stored)) == ledger_of(account_of(1))
+
+
+def test_people_read_how_late_revisions_came_beside_how_long_they_are_waited_for() -> None:
+    lateness = Lateness()
+    assert revisions_came(lateness.summary(), timedelta(minutes=15)) == (
+        "no revision was measured; they are waited for 15 min (POLYGON_REVISION_MINUTES)"
+    )
+    lateness.revised.add(60.0, 99)
+    lateness.revised.add(840.0)
+    lateness.latest_revision_seconds = 840.0
+    said = revisions_came(lateness.summary(), timedelta(minutes=30))
+    assert said == (
+        "half of 100 revisions came within 1.1 min of the bar's end, 99 of 100 within 1.1, the latest after 14.0; they "
+        "are waited for 30 min (POLYGON_REVISION_MINUTES)"
+    )
