@@ -103,14 +103,16 @@ class StopRequest:
 def orphan_watch(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Callable[[], bool]:
     """A function that says whether this process has become an orphan: it would go on beside its successor.
 
-    That is when its run was ended from outside (it was taken for lost, say), or when the process that launched it is
-    gone. A run started on the command line may outlive its shell.
+    That is when its run was ended from outside (it was taken for lost, say), when its end was asked for and no signal
+    came (the launcher's broker was away), or when the process that launched it is gone. A run started on the command
+    line may outlive its shell.
     """
     parent = os.getppid() if run.remote_job_origin else None
     looked = time.monotonic()
+    was_canceling = False
 
     def is_orphan() -> bool:
-        nonlocal looked
+        nonlocal looked, was_canceling
         if parent is not None and os.getppid() != parent:
             return True
         if time.monotonic() < looked + _LOOK_AT_RUN_SECONDS:
@@ -121,7 +123,10 @@ def orphan_watch(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Callable[[
         except Exception as error:  # noqa: BLE001 a storage that is away says nothing about the run
             _TERMINAL.warning(f"Dagster's storage is away, so the run's status is not known: {error}")
             return False
-        return current is None or current.status not in _MANAGED
+        if current is None or current.status not in _MANAGED:
+            return True
+        unanswered, was_canceling = was_canceling, current.status is dg.DagsterRunStatus.CANCELING
+        return unanswered
 
     return is_orphan
 

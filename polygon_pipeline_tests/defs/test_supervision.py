@@ -135,3 +135,16 @@ def test_a_run_whose_status_cannot_be_read_is_no_orphan(monkeypatch: pytest.Monk
 
         monkeypatch.setattr(instance, "get_run_by_id", away)
         assert not is_orphan()
+
+
+def test_a_run_whose_end_was_asked_for_and_that_got_no_signal_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher's broker was away when it was terminated. The signal comes before the second look otherwise."""
+    monkeypatch.setattr(supervision, "_LOOK_AT_RUN_SECONDS", 0.0)
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(build_defs().get_job_def("collect_aggregates"))
+        started = dg.DagsterEvent(event_type_value="PIPELINE_START", job_name=run.job_name, message="started")
+        instance.report_dagster_event(started, run_id=run.run_id)
+        is_orphan = supervision.orphan_watch(instance, run)
+        assert [is_orphan(), is_orphan()] == [False, False]
+        instance.report_run_canceling(run)
+        assert [is_orphan(), is_orphan()] == [False, True]
