@@ -7,15 +7,19 @@ variables (settings), and Dagster's resources (defs.resources).
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polygon_pipeline import demo, settings
+from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.s3 import S3Access
-from polygon_pipeline.lake.store import open_lake
+from polygon_pipeline.lake.store import Lake, open_lake
+from polygon_pipeline.lake.token import Token
 from polygon_pipeline.polygon.flat_files import BUCKET
+from polygon_pipeline.polygon.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import boto3
@@ -36,6 +40,23 @@ def rest_url(wanted: settings.Settings) -> Iterator[str]:
         return
     with demo.rest_server(wanted) as url:
         yield url
+
+
+@contextmanager
+def rest_limit(wanted: settings.Settings, lake: Lake | None) -> Iterator[RateLimit]:
+    """The limit of REST requests, which all that use the lake keep together: by a file in a local lake, and on S3 by a
+    right that one process has at a time. Without a lake: by a file beside the journals."""
+    requests = wanted.rest_requests_per_minute
+    if lake is None or not lake.is_s3:
+        root = wanted.journal_dir if lake is None else lake.local_root
+        yield RateLimit.per_minute(root / ".rest-limit", requests)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        limit = RateLimit.per_minute(Path(folder) / "turns", requests, Token(lake, layout.REST_RIGHT_KEY))
+        try:
+            yield limit
+        finally:
+            limit.close()
 
 
 def flat_files(wanted: settings.Settings) -> ObjectStore | None:

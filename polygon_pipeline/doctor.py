@@ -113,7 +113,9 @@ def examine(
         on_step("REST")
         rest_url = stack.enter_context(access.rest_url(wanted))
         servers.append(rest_url)
-        yield from _rest(wanted, rest_url, settings.history_start(environment), now)
+        writable = lake if all(found.level is Level.OK for found in findings) else None
+        limit = access.rest_limit(wanted, writable)
+        yield from _rest(wanted, rest_url, stack, limit, settings.history_start(environment), now)
         on_step("flat files")
         yield _flat_files(wanted, now)
         on_step("stream")
@@ -255,13 +257,20 @@ def _told(error: Exception, uri: str) -> str:
     return str(permanent_error(error, uri) or brief(error))
 
 
-def _rest(wanted: Settings, url: str, history_start: date, now: datetime) -> Iterator[Finding]:
+def _rest(
+    wanted: Settings,
+    url: str,
+    stack: contextlib.ExitStack,
+    limited: contextlib.AbstractContextManager[RateLimit],
+    history_start: date,
+    now: datetime,
+) -> Iterator[Finding]:
     """A recent day's bars, which every plan should have, and then the first day that is a partition."""
     ticker = _ASKED_WITHOUT_A_LIST if wanted.is_whole_market else wanted.tickers[0]
     recent = calendar.completed_sessions(now, 2)[0]
     pace = f"{wanted.rest_requests_per_minute} requests a minute at the most"
     try:
-        limit = RateLimit.per_minute(wanted.journal_dir / ".rest-limit", wanted.rest_requests_per_minute)
+        limit = stack.enter_context(limited)
         history = RestHistory(url, wanted.api_key, limit, tries=2, backoff=tenacity.wait_fixed(0.5))
         bars = sum(len(page.bars) for page in history.minute_bars(ticker, recent, recent))
     except OSError as error:

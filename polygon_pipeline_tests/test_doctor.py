@@ -263,7 +263,6 @@ def test_a_journal_that_cannot_be_written_fails(environment: dict[str, str], tmp
     (tmp_path / "a-file").write_text("")
     found = looked_at(environment | {"JOURNAL_DIR": str(tmp_path / "a-file" / "journal")})
     assert found["disk"].level is Level.FAIL
-    assert found["REST"].level is Level.FAIL
 
 
 def test_a_library_of_a_version_that_is_not_supported_is_named(

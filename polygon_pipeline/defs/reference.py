@@ -125,8 +125,8 @@ def _fetched(
     """Fetches and stores days, each with the metadata to report, or None where there is nothing to report."""
     asked_by_schedule = "dagster/schedule_name" in context.run.tags
     try:
-        with polygon.history() as sources:
-            opened = lake.open()
+        opened = lake.open()
+        with polygon.history(opened) as sources:
             opened.claim(polygon.settings().feed)
             for result in fetch(opened, days, sources, lake.scratch(), datetime.now(UTC), context.log.info):
                 if isinstance(result, FetchedDay):

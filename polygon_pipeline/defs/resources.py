@@ -21,7 +21,6 @@ from polygon_pipeline.datasets.reference_sources import Sources
 from polygon_pipeline.defs.scratch import scratch_folder
 from polygon_pipeline.lake.s3 import S3Access
 from polygon_pipeline.lake.store import Lake, open_lake
-from polygon_pipeline.polygon.rate_limit import RateLimit
 from polygon_pipeline.polygon.rest import RestHistory
 
 
@@ -38,15 +37,13 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
         return settings.load(access.environment() | given)
 
     @contextmanager
-    def history(self) -> Iterator[Sources]:
+    def history(self, lake: Lake) -> Iterator[Sources]:
         """Where the vendor's history comes from; the built-in simulator's own where no REST URL is set.
 
-        Raises settings.ConfigurationError. The requests' limit is kept by a file beside the journals, so that all runs
-        of this machine keep it together.
+        Raises settings.ConfigurationError. All runs that use this lake keep the requests' limit together.
         """
         wanted = self.settings()
-        limit = RateLimit.per_minute(wanted.journal_dir / ".rest-limit", wanted.rest_requests_per_minute)
-        with access.rest_url(wanted) as url:
+        with access.rest_url(wanted) as url, access.rest_limit(wanted, lake) as limit:
             yield Sources(
                 rest=RestHistory(url, wanted.api_key, limit),
                 flat_files=access.flat_files(wanted),

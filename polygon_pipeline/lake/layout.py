@@ -21,6 +21,9 @@ FORMAT = 1
 # Who collects into this lake, with its live status.
 LEASE_KEY = "lease.json"
 
+# Who may ask the vendor's REST server now (lake.token).
+REST_RIGHT_KEY = "rest-right.json"
+
 # What `make doctor` writes to see whether the store keeps conditions. Nothing reads it, and it may be removed.
 DOCTOR_KEY = "doctor.json"
 

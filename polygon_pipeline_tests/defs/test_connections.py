@@ -23,6 +23,7 @@ from polygon_pipeline.polygon.rest import RestHistory
 from polygon_pipeline.polygon.stream import EventKind
 from polygon_pipeline.settings import ConfigurationError
 from polygon_pipeline_tests.support.bars import DAY
+from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.scripted import Watched
 from polygon_pipeline_tests.support.tls_server import TlsServer, tls_server
 
@@ -188,7 +189,7 @@ def test_a_refused_certificate_of_the_flat_files_is_named(
     monkeypatch.setenv("JOURNAL_DIR", str(tmp_path / "journal"))
 
     def fetch() -> None:
-        with PolygonResource().history() as sources:
+        with PolygonResource().history(local_lake(tmp_path / "lake")) as sources:
             assert sources.flat_files
             fetch_flat_file(sources.flat_files, DAY, tmp_path / "day", known_etag=None, now=datetime.now(UTC))
 

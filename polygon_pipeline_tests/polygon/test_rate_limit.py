@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import time
 from array import array
@@ -16,6 +17,7 @@ import pytest
 
 from polygon_pipeline.polygon.rate_limit import RateLimit, Stopped
 from polygon_pipeline.polygon.rest import RestHistory
+from polygon_pipeline_tests.support.leases import Clock
 from polygon_pipeline_tests.support.planned_server import Answer, Request, planned_server
 
 GROUPED = "/v2/aggs/grouped/locale/us/market/stocks/2026-01-26"
@@ -112,7 +114,7 @@ def test_an_answer_after_its_turn_expired_does_not_end_the_next_turn(tmp_path: P
         time.sleep(0.1)
         with RateLimit(tmp_path / "limit", 1, 60.0).turn(threading.Event()):
             pass
-    after = array("d", (tmp_path / "limit").read_bytes())
+    after = array("d", (tmp_path / "limit").read_bytes()[16:])
     assert after[0] > time.monotonic() + 50, "the minute's turn is still counted"
 
 
@@ -122,9 +124,39 @@ def test_an_answer_after_its_turn_expired_does_not_end_the_next_turn(tmp_path: P
     ids=["an earlier boot", "cut", "not a number"],
 )
 def test_content_of_an_earlier_boot_or_an_incomplete_write_delays_no_turn(tmp_path: Path, left: bytes) -> None:
-    (tmp_path / "limit").write_bytes(left)
+    RateLimit(tmp_path / "limit", 1, 0.1)._take()  # which marks it as this machine's
+    with (tmp_path / "limit").open("r+b") as file:
+        file.truncate(16)
+        file.seek(16)
+        file.write(left)
     with RateLimit(tmp_path / "limit", 1, 0.1).turn(threading.Event()):
         pass
+
+
+def test_two_machines_on_a_shared_volume_keep_the_limit_whatever_their_clocks_say(tmp_path: Path) -> None:
+    clocks = {"one": Clock(), "another": Clock()}
+    clocks["another"].now = 5_000_000.0
+    limits = {name: RateLimit(tmp_path / "limit", 2, 60.0, clock=clock, mark=name) for name, clock in clocks.items()}
+    given: list[tuple[int, str]] = []
+    for second in range(900):
+        for name in ("another", "one"):
+            if (name == "one" or second < 400) and (taken := limits[name]._take()):
+                limits[name]._answered(*taken)
+                given.append((second, name))
+            clocks[name].wait(1)
+    assert all(later - earlier >= 60 for (earlier, _), (later, _) in zip(given, given[2:], strict=False))
+    assert {name for second, name in given if second < 400} == {"another"}
+    assert sum(name == "one" for _, name in given) >= 10, "it goes on when the other is done"
+
+
+def test_turns_before_a_restart_are_forgotten_once_they_are_old(tmp_path: Path) -> None:
+    file = tmp_path / "limit"
+    with RateLimit(file, 1, 60.0, mark="before the restart").turn(threading.Event()):
+        pass
+    again = RateLimit(file, 1, 60.0, mark="after it")
+    assert again._take() is None, "it may have been another machine, a moment ago"
+    os.utime(file, (time.time() - 3600,) * 2)
+    assert again._take()
 
 
 def test_two_limits_on_one_file_count_each_others_turns(tmp_path: Path) -> None:
