@@ -34,11 +34,12 @@ _CLOSURES_AHEAD = timedelta(days=400)
 @dataclass(frozen=True)
 class Project:
     """What of the settings decides which assets and partitions there are, and whether they are to be fresh.
-    history_start: the first partition."""
+    history_start: the first partition. has_flat_files: whether whole days come from the vendor's bucket."""
 
     history_start: date = settings.HISTORY_START
     channels: tuple[Channel, ...] = (Channel.MINUTE,)
     is_simulated: bool = False
+    has_flat_files: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Project:
@@ -52,7 +53,8 @@ class Project:
             start = settings.history_start(environment)
         except settings.ConfigurationError:
             start = cls.history_start
-        return cls(start, channels, settings.is_simulated(environment))
+        has_flat_files = bool(environment.get("POLYGON_FLAT_FILES_KEY_ID", "").strip())
+        return cls(start, channels, settings.is_simulated(environment), has_flat_files)
 
     @cached_property
     def trading_days(self) -> dg.TimeWindowPartitionsDefinition:

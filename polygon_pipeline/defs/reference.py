@@ -77,7 +77,8 @@ def _reference_asset(project: Project, dataset: Dataset, fetch: _Fetch) -> dg.As
         partitions_def=project.trading_days,
         backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=DAYS_PER_RUN),
         output_required=False,
-        pool="history",
+        # Flat files need not wait for each other as REST does, whose limit all runs keep together whatever their pool.
+        pool="flat_files" if project.has_flat_files else "history",
         kinds={"python", "parquet"},
         description=told["description"],
         group_name=told["group_name"],
