@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from polygon_pipeline.collector.volume import lock_problem
 from polygon_pipeline.lake.durable import make_folder, sync_file, sync_path
 from polygon_pipeline.lake.lag import Histogram
 from polygon_pipeline.lake.ledger import TimeBase
@@ -170,6 +171,7 @@ class Journal(Segments):
     """
 
     def __init__(self, root: Path, header: JournalHeader, segment_bytes: int = SEGMENT_BYTES) -> None:
+        _require_locks(root)
         folder = root / header.run
         make_folder(folder)
         super().__init__(folder, _lock(folder))
@@ -374,7 +376,11 @@ class LeftoverJournal(Segments):
 
 
 def leftovers(root: Path) -> list[LeftoverJournal]:
-    """Locks and returns the journals below JOURNAL_DIR that no process works on, oldest run first."""
+    """Locks and returns the journals below JOURNAL_DIR that no process works on, oldest run first.
+
+    Raises JournalError where a lock of another machine would not be seen.
+    """
+    _require_locks(root)
     for done in root.glob(f".*{_DONE}"):  # a kill came while it was removed
         shutil.rmtree(done, ignore_errors=True)
     found = []
@@ -420,6 +426,13 @@ def _write_all(file: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(file, view) :]
+
+
+def _require_locks(root: Path) -> None:
+    if problem := lock_problem(root):
+        raise JournalError(
+            f"JOURNAL_DIR ({root}) cannot be used, because two machines could publish one journal: {problem}"
+        )
 
 
 def _lock(folder: Path) -> int:

@@ -9,6 +9,7 @@ one collects, or the store came back after the session's last run had ended.
 
 import dagster as dg
 
+from polygon_pipeline.collector.journal import JournalError
 from polygon_pipeline.collector.lease import LeaseHeld
 from polygon_pipeline.collector.recovery import Recovered, drain
 from polygon_pipeline.datasets import catalog
@@ -28,7 +29,7 @@ def publish_journals(context: dg.OpExecutionContext, polygon: PolygonResource, l
             told = f"{found.waited_bytes:,} bytes waited, {found.account.bars:,} bars in all"
             context.log.info(f"run {found.header.run} is on the lake: {told}")
             _report(context, found)
-    except (LeaseHeld, LakeError) as error:
+    except (LeaseHeld, LakeError, JournalError) as error:
         raise dg.Failure(str(error), allow_retries=False) from None
     except STORE_ERRORS as error:
         fault = permanent_error(error, opened.uri) or error
