@@ -91,7 +91,7 @@ def _asset(listing: Listing, since: date) -> dg.AssetsDefinition:
         results: list[dg.AssetCheckResult] = []
         try:
             opened = lake.open()
-            with polygon.history() as sources:
+            with polygon.history(opened) as sources:
                 opened.claim(polygon.settings().feed)
                 tickers = None if sources.tickers == ("*",) else sources.tickers
                 if config.get("tickers"):

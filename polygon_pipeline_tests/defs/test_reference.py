@@ -14,7 +14,7 @@ import pytest
 from polygon_pipeline.datasets.catalog import DERIVED
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs.partitions import Project
-from polygon_pipeline.defs.reference import reference_asset, repair_sensor
+from polygon_pipeline.defs.reference import reference_assets, repair_sensor
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset
 from polygon_pipeline.lake.ledger import Account, Gap, encode_ledger
@@ -51,7 +51,8 @@ def vendor(monkeypatch: pytest.MonkeyPatch, faults: Sequence[RestFault] = ()) ->
 @pytest.mark.parametrize(("key_id", "pool"), [("", "history"), ("an-id", "flat_files")])
 def test_flat_files_have_a_pool_of_their_own_that_may_be_larger_than_that_of_rest(key_id: str, pool: str) -> None:
     environment = {"POLYGON_API_KEY": KEY, "POLYGON_FLAT_FILES_KEY_ID": key_id}
-    assert reference_asset(Project.from_environment(environment)).op.pool == pool
+    assets = reference_assets(Project.from_environment(environment))
+    assert {asset.op.pool for asset in assets} == {pool}
 
 
 @pytest.mark.slow
