@@ -10,6 +10,7 @@ from pathlib import Path
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
+from massive import RESTClient  # type: ignore[import-untyped, unused-ignore]
 
 from polygon_pipeline.datasets.catalog import DERIVED
 from polygon_pipeline.definitions import build_defs
@@ -107,6 +108,20 @@ def test_the_vendors_day_stands_beside_ours_and_the_check_says_in_words_how_they
     assert "1 differ for reasons that the minutes show, 1 in values that nothing explains" in shown["outcome"]
     rows = pq.read_table(fetch_dataset(lake_of_history, "daily_bars", DAYS[0], tmp_path)).to_pylist()
     assert all(row["official_close"] and row["official_close_source"] == "vendor_daily" for row in rows)
+
+
+def test_the_vendors_own_client_lists_the_day_that_is_stored(
+    lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with dg.DagsterInstance.ephemeral() as instance, vendor(monkeypatch) as server:
+        assert materialize(instance, ["reference_daily_bars"], DAYS[0]).success
+        theirs = RESTClient(KEY, base=server.url).get_grouped_daily_aggs(DAYS[0], adjusted=False, include_otc=True)
+    ours = pq.read_table(fetch_dataset(lake_of_history, "reference_daily_bars", DAYS[0], tmp_path)).to_pylist()
+    names = ("ticker", "open", "high", "low", "close", "volume", "vwap", "transactions")
+    assert [tuple(row[name] for name in names) for row in ours] == sorted(
+        tuple(getattr(day, name) for name in names) for day in theirs
+    )
+    assert len(ours) == 2
 
 
 def test_a_day_that_the_plan_does_not_include_fails_with_the_reason(
