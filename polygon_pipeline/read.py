@@ -16,6 +16,7 @@ adjusted (datasets.adjustment), and how files of S3 are read (lake.ranged_files)
 from __future__ import annotations
 
 import inspect
+import json
 import tempfile
 import time
 import warnings
@@ -32,6 +33,7 @@ from polygon_pipeline import access, settings
 from polygon_pipeline.datasets import adjustment, catalog
 from polygon_pipeline.datasets.adjustment import Adjusted
 from polygon_pipeline.datasets.catalog import Column, Dataset, Listing
+from polygon_pipeline.datasets.listings import ASKED_FOR
 from polygon_pipeline.datasets.session import UNREADABLE, quoted
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.errors import STORE_ERRORS, brief, permanent_error
@@ -58,6 +60,9 @@ _BAR_COLUMNS = ("ticker", "date", "timestamp", "open", "high", "low", "close", "
 
 # S3 answers in tens of milliseconds: as many files are asked for side by side. A local disk needs no more than cores.
 _THREADS_ON_S3 = 32
+
+# So many tickers are named in an error.
+_NAMED = 5
 
 # A dividend's ratio needs the close before it, which is looked for on so many days of the lake.
 _DAYS_BEFORE = 5
@@ -347,6 +352,7 @@ class _Reader:
                 if not fetches:
                     raise ReadError(self._no_fetch(listing, as_of))
                 files = [fetches[max(fetches)]]
+                self._require_asked(listing, files[0], tickers)
             self.relation("known", listing, files)
             connection.execute(f"CREATE TEMP TABLE {listing.name} AS SELECT * FROM known WHERE {_is_among(tickers)}")
         ex_dates = connection.execute(
@@ -360,6 +366,27 @@ class _Reader:
         adjustment.make_factors(connection, until)
         for record in adjustment.skipped(connection, until, first):
             _warn(f"Prices are not adjusted for all that is known: {record}.")
+
+    def _require_asked(self, listing: Listing, file: str, tickers: Sequence[str] | None) -> None:
+        """Raises ReadError for tickers whose events were not asked for: raw prices would be given for adjusted ones."""
+        found = self.connection.execute(
+            "SELECT decode(value) FROM parquet_kv_metadata($file) WHERE decode(key) = $key",
+            {"file": file, "key": ASKED_FOR},
+        ).fetchone()
+        asked_for = json.loads(found[0]) if found else None
+        if asked_for is None:
+            return
+        rows = "SELECT DISTINCT ticker FROM stored" if tickers is None else "SELECT unnest($tickers) AS ticker"
+        unknown = self.connection.execute(
+            f"SELECT ticker FROM ({rows}) WHERE NOT list_contains($asked_for, ticker) ORDER BY ticker",
+            {"asked_for": asked_for} | ({} if tickers is None else {"tickers": list(tickers)}),
+        ).fetchall()
+        if unknown:
+            named = ", ".join(ticker for (ticker,) in unknown[:_NAMED]) + (" and more" if len(unknown) > _NAMED else "")
+            raise ReadError(
+                f"The {listing.name} of {named} were not asked for when {listing.name} was fetched last, so its prices "
+                f"cannot be adjusted: materialize {listing.name} with it in POLYGON_TICKERS, or read without it."
+            )
 
     def _days_before(self, ex_dates: Sequence[date]) -> list[str]:
         if not ex_dates:

@@ -130,6 +130,17 @@ def test_adjusting_without_splits_and_dividends_says_what_to_do(local: Put) -> N
         read.daily("SPY", FRIDAY, adjusted="all")
 
 
+def test_raw_prices_are_not_given_for_adjusted_ones_where_nobody_asked_for_a_tickers_events(
+    local: Put, file_lake: Lake
+) -> None:
+    local(catalog.DAILY_BARS, FRIDAY, [daily_row("AAPL"), daily_row("SPY")])
+    put_fetches(file_lake, KNOWN, [Split(MONDAY, 1, 2)], asked_for=["MSFT", "SPY"])
+    assert closes(read.daily("SPY", FRIDAY, adjusted="splits")) == [50.0]
+    for tickers in ("AAPL", ["AAPL", "SPY"], "*"):
+        with pytest.raises(ReadError, match="The splits of AAPL were not asked for"):
+            read.daily(tickers, FRIDAY, adjusted="splits")
+
+
 def test_splits_alone_need_no_dividends(local: Put, file_lake: Lake) -> None:
     local(catalog.DAILY_BARS, FRIDAY, [daily_row()])
     put_fetches(file_lake, KNOWN, [Split(MONDAY, 1, 2)], [Dividend(MONDAY, -1.0)])

@@ -6,6 +6,7 @@ of that day replaces. Does not belong here: the requests (polygon.corporate_acti
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -24,6 +25,11 @@ from polygon_pipeline.polygon.rest import RestHistory
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+# In the metadata of a file of splits or dividends: the tickers that were asked for, as a JSON array; null for all. Of
+# another ticker the file says nothing.
+ASKED_FOR = "asked_for"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ def fetch_listing(
         found = corporate_actions.ticker_events(rest, tickers)
         replaced = tuple(tickers)
     table = _table(listing, found.rows, constant | {"fetched_at": found.fetched_at})
+    if not listing.key:
+        asked_for = None if tickers is None else sorted(tickers)
+        table = table.replace_schema_metadata({ASKED_FOR: json.dumps(asked_for)})
     return Fetched(listing, table, found.fetched_at, replaced, tuple(found.refused), found.requests)
 
 

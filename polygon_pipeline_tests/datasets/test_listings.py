@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -15,7 +16,7 @@ import pytest
 import tenacity
 
 from polygon_pipeline.datasets.catalog import DIVIDENDS, LISTINGS, SPLITS, TICKER_EVENTS, TICKERS, Listing
-from polygon_pipeline.datasets.listings import Fetched, fetch_listing, keep
+from polygon_pipeline.datasets.listings import ASKED_FOR, Fetched, fetch_listing, keep
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.polygon.errors import HistoryUnavailable
@@ -76,7 +77,10 @@ def test_a_fetch_has_the_catalogs_columns_sorted_and_says_when_it_was(
     }
     before = datetime.now(UTC)
     fetched = fetch_listing(listing, rest, ["A", "B"], SINCE, TODAY)
-    assert fetched.table.schema.equals(listing.schema(), check_metadata=True)
+    assert all(
+        field.equals(wanted, check_metadata=True)
+        for field, wanted in zip(fetched.table.schema, listing.schema(), strict=True)
+    )
     rows = fetched.table.to_pylist()
     assert rows
     assert all(before <= row["fetched_at"] <= datetime.now(UTC) for row in rows)
@@ -90,6 +94,20 @@ def test_a_fetch_has_the_catalogs_columns_sorted_and_says_when_it_was(
     if listing == TICKER_EVENTS:
         assert fetched.refused == ("B: the vendor has no events of it",)
         assert (rows[0]["requested_ticker"], rows[0]["ticker"], rows[0]["cik"]) == ("A", "META", "1")
+
+
+@pytest.mark.parametrize(("tickers", "said"), [(["B", "A"], ["A", "B"]), (None, None)])
+def test_a_kept_file_says_which_tickers_were_asked_for(
+    tickers: list[str] | None,
+    said: list[str] | None,
+    server: PlannedServer,
+    rest: RestHistory,
+    file_lake: Lake,
+    tmp_path: Path,
+) -> None:
+    server.plan["/stocks/v1/splits"] = [listed()]
+    file = keep(file_lake, fetch_listing(SPLITS, rest, tickers, SINCE, TODAY), tmp_path)
+    assert json.loads(pq.read_schema(file).metadata[ASKED_FOR.encode()]) == said
 
 
 def test_a_market_without_a_ticker_is_not_kept(server: PlannedServer, rest: RestHistory) -> None:

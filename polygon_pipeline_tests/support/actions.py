@@ -5,6 +5,7 @@ Belongs here: making them of few words. Does not belong here: what becomes of pr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from polygon_pipeline.datasets.listings import ASKED_FOR
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.store import Lake
 
@@ -94,9 +96,15 @@ def _schema(on: str, *columns: str) -> pa.Schema:
     )
 
 
-def put_fetches(lake: Lake, fetched: date, splits: Iterable[Split] = (), dividends: Iterable[Dividend] = ()) -> None:
-    """Puts what was fetched on a day into the lake."""
+def put_fetches(
+    lake: Lake,
+    fetched: date,
+    splits: Iterable[Split] = (),
+    dividends: Iterable[Dividend] = (),
+    asked_for: list[str] | None = None,
+) -> None:
+    """Puts what was fetched on a day into the lake. asked_for: the watch list; None for the whole market."""
     for name, table in (("splits", splits_table(splits)), ("dividends", dividends_table(dividends))):
         content = pa.BufferOutputStream()
-        pq.write_table(table, content)
+        pq.write_table(table.replace_schema_metadata({ASKED_FOR: json.dumps(asked_for)}), content)
         lake.put(layout.listing_key(name, fetched), content.getvalue().to_pybytes())
