@@ -54,6 +54,7 @@ _MESSAGE_BYTES = 512 * 1024
 # How long a replay waits for its reader to read on.
 _REPLAY_PATIENCE_SECONDS = 30.0
 _CLOSE_SECONDS = 1.0
+_END_SECONDS = 5.0
 # How often a reader is told of a watermark at the most, and looked for one when no frame comes.
 _WATERMARK_SECONDS = 0.1
 _TICK_SECONDS = 0.25
@@ -225,7 +226,7 @@ class Relay:
         self._stopping = True
         with contextlib.suppress(RuntimeError):  # it has ended by itself
             self._loop.call_soon_threadsafe(self._synced.set)
-        self._thread.join()
+        self._thread.join(_END_SECONDS)  # a replay may wait for a store that is away
 
     def _run(self) -> None:
         try:

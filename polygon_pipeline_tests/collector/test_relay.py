@@ -430,6 +430,27 @@ def test_a_replay_whose_archive_cannot_be_had_fails_aloud(shared: Shared, monkey
         assert raw(other) == frame(2)
 
 
+def test_a_replay_that_waits_for_the_store_does_not_keep_the_collector_from_ending(
+    file_lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "_END_SECONDS", 0.2)
+    asked, back = threading.Event(), threading.Event()
+
+    def away(_self: Lake, _key: str) -> None:
+        asked.set()
+        back.wait(30)
+
+    with sharing(file_lake, tmp_path / "journal") as shared, log_in(shared, TOKEN) as client:
+        shared.receive(frame(1))
+        shared.publish()
+        monkeypatch.setattr(Lake, "get", away)
+        replay(client, "AM.*")
+        assert asked.wait(10)
+        shared.relay.stop()
+        assert not back.is_set()
+        back.set()
+
+
 # Watermarks
 
 
