@@ -25,6 +25,7 @@ import msgspec
 import urllib3
 
 from polygon_pipeline import settings
+from polygon_pipeline.collector.relay import RelayedFrame
 from polygon_pipeline.datasets.catalog import LISTINGS
 from polygon_pipeline.datasets.inputs import arrival
 from polygon_pipeline.datasets.listings import fetch_listing
@@ -42,7 +43,7 @@ from polygon_pipeline.lake.ledger import (
     subscribed_tickers,
 )
 from polygon_pipeline.lake.records import decode_record, encode_record
-from polygon_pipeline.market.bars import Bar, Channel
+from polygon_pipeline.market.bars import Bar, Channel, timestamp_error
 from polygon_pipeline.market.calendar import day_bounds_ms
 from polygon_pipeline.polygon.errors import HistoryRefused, HistoryUnavailable, NotYetPublished
 from polygon_pipeline.polygon.flat_files import FLAT_FILE_COLUMNS, FlatFileKind
@@ -86,6 +87,21 @@ _FRAMES = [
     json.dumps([_STATUS]).encode(),
     json.dumps([aggregate(f"T{n}", NOON + n * 60_000) for n in range(5)]).encode(),
 ]
+
+
+def _relayed_frames(content: bytes, _folder: Path) -> bool:
+    """What readers get is text that they can read, of what they subscribed to and nothing else."""
+    frame = RelayedFrame(content)
+    for bar in frame.bars:
+        timestamp_error(int(bar.s), ARRIVAL)
+    for topics in ({("AM", "*"), ("A", "*")}, {("AM", "SPY")}):
+        relayed = frame.matching(frozenset(topics))
+        if relayed is not None:
+            events = msgspec.json.decode(relayed.decode(), type=list[dict[str, msgspec.Raw]])
+            kinds = {msgspec.json.decode(event["ev"], type=str) for event in events}
+            assert kinds
+            assert kinds <= {"AM", "A"}
+    return bool(frame.bars)
 
 
 def _frames(content: bytes, folder: Path) -> bool:
@@ -378,6 +394,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("frames", _FRAMES, _frames),
+        Target("relayed_frames", _FRAMES, _relayed_frames),
         Target(
             "records",
             [record_line("SPY", NOON, 450.5), encode_record(Bar("SPY", NOON, 1, 2, 3, 4, 5, None), ARRIVAL)],
