@@ -83,11 +83,12 @@ def drain(lake: Lake, feed: str, root: Path, by: str) -> Iterator[Recovered]:
         with _alone(lake, by):
             while found:
                 journal = found[0]
-                if belongs(journal.header, lake, feed) and journal.header.run != live_run(lake):
-                    yield recover(lake, journal, by, lambda work: work())
-                else:
-                    journal.release()
-                found.pop(0)
+                if not belongs(journal.header, lake, feed) or journal.header.run == live_run(lake):
+                    found.pop(0).release()
+                    continue
+                recovered = recover(lake, journal, by, lambda work: work())
+                found.pop(0)  # whoever asks for no more must not release it again
+                yield recovered
     finally:
         for journal in found:
             journal.release()
