@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -171,6 +172,32 @@ def test_a_session_survives_whatever_happens_to_the_cluster(
         story.until(lambda: _state(cluster.lake, day) == "final", "the day is final", 400)
         story.ends(day)
         assert exchange.still_open == [], "never two streams"
+
+
+@pytest.mark.timeout(600)
+def test_a_collector_that_is_terminated_while_redis_is_away_ends_and_stays_ended(
+    tmp_path: Path, s3: SeaweedFS, say: Callable[[str], None]
+) -> None:
+    [day] = completed_sessions(datetime.now(UTC), 1)
+    feed = SyntheticFeed(SyntheticMarket(WATCH_LIST), day, [Channel.MINUTE])
+    with ExitStack() as ending:
+        exchange = ending.enter_context(
+            WatchedExchange(feed, speed=_SPEED, key="simulator", host=EXCHANGE, record=True)
+        )
+        cluster = Cluster(tmp_path, s3, {**_VARIABLES, "CLUSTER_EXCHANGE": exchange.url}, days_per_run=5)
+        ending.callback(cluster.close)
+        cluster.start()
+        story = Story(cluster, exchange, say)
+        story.collects(None, "the sensor starts a collector")
+        [run] = cluster.ui.runs()
+        cluster.redis.stop()
+        story.begins("it is terminated by hand while Redis is away")
+        with contextlib.suppress(OSError):  # the page says that the broker is away
+            cluster.ui.terminate(run["runId"])
+        story.until(lambda: cluster.ui.runs()[0]["status"] == "CANCELED", "it is canceled")
+        cluster.redis.start()
+        time.sleep(40)
+        assert [found["runId"] for found in cluster.ui.runs()] == [run["runId"]], "it stays ended"
 
 
 @pytest.mark.timeout(1200)
