@@ -237,7 +237,7 @@ def test_a_backfill_over_two_machines_of_which_one_is_lost_makes_what_one_machin
     differing = [key for key in expected if found[key] != expected[key]]
     text = (
         f"a backfill of {len(days)} days over two machines, one lost after {at}: {seconds:.0f} s, "
-        f"{statuses.count('FAILURE')} runs failed and were tried again, {len(expected)} files, {len(differing)} differ"
+        f"{statuses.count('FAILURE')} lost and tried again, {len(expected)} files, {len(differing)} differ"
     )
     print(text, flush=True)
     say(text)
