@@ -306,7 +306,7 @@ def _backfill(environment: dict[str, str], first: date, last: date = date.max) -
 def test_a_planned_backfill_is_told_in_requests_bytes_time_and_dollars(s3: dict[str, str]) -> None:
     plan = {"POLYGON_REST_REQUESTS_PER_MINUTE": "5", "POLYGON_TICKERS": "SPY,IBM"}
     work, storage = _backfill(s3 | plan | {"POLYGON_HISTORY_START": "2025-01-02"}, date(2025, 1, 1), date(2025, 3, 1))
-    assert work.text.startswith("2025-01-02 to 2025-02-28: 39 days of 2 tickers by REST, 5 requests a minute: about 2 ")
+    assert work.text.startswith("2025-01-02 to 2025-02-28: 39 days of 2 tickers by REST, 5 requests a minute: about 4 ")
     assert " MB and " in work.text
     assert "$" in storage.text
     assert "November 2026" in storage.text

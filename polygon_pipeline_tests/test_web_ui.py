@@ -160,7 +160,7 @@ def _read_the_report(page: Page, day: date) -> None:
     assert re.search(r"[\d,]+ bars, 12 of 12 tickers, 04:00 to \d\d:\d\d New York, [\d,]+ shares", said)
     assert re.search(r"1 gap, New York: 10:1\d to \d\d:\d\d \(\d+ bars repaired\)", said)
     assert "every traded minute that the history knows is there" in said
-    assert "checks: 9 of 9 passed" in said
+    assert re.search(r"checks: (9|10) of \1 passed", said), said  # with the vendor's day, once it is there
     gap = _text(page.get_by_role("row").filter(has_text="what became of it").first)
     assert "the connection was lost: " in gap
     _keep(page, "report")
@@ -196,7 +196,7 @@ def _see_the_lineage(page: Page) -> None:
     page.locator("button:has([aria-label=panel_show_right])").first.click()
     page.locator("button:has([aria-label=settings])").last.click()
     page.get_by_text("Change graph to vertical orientation").click()
-    page.get_by_text("normalized_bars", exact=True).first.wait_for()
+    page.wait_for_timeout(_SETTLED_MS)
     page.mouse.dblclick(150, _HEIGHT - 50)  # on empty canvas: fits the graph into the window
     for asset in ("raw_bars", "reference_bars", *_PICTURES):
         page.get_by_text(asset, exact=True).first.wait_for()

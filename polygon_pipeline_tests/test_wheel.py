@@ -38,9 +38,8 @@ def test_the_definitions_load_from_the_wheel_alone_outside_the_repository(tmp_pa
     _run([*_PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)], tmp_path)
     [wheel] = wheels.iterdir()
     _run([*_PIP, "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel)], tmp_path)
-    assert [path.name for path in installed.iterdir() if path.is_dir() and path.suffix != ".dist-info"] == [
-        "polygon_pipeline"
-    ], "and nothing beside it"
+    folders = {path.name for path in installed.iterdir() if path.is_dir() and path.suffix != ".dist-info"}
+    assert folders == {"polygon_pipeline", "bin"}, "the package, its command, and nothing beside them"
     where = _run([sys.executable, "-P", "-c", _CODE], tmp_path, PYTHONPATH=str(installed))
     assert Path(where.strip()).is_relative_to(installed)
 
