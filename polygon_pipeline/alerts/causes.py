@@ -17,6 +17,7 @@ import msgspec
 
 from polygon_pipeline.collector.lease import Holding
 from polygon_pipeline.datasets.day_state import DayState, DayStatus
+from polygon_pipeline.datasets.wording import date_and_clock
 from polygon_pipeline.market.calendar import NEW_YORK, completed_sessions, current_or_next_session, session
 
 # A renewal comes every 15 s, and the next attempt takes over within two minutes.
@@ -136,7 +137,7 @@ def of_collector(holding: Holding | None, unchanged: timedelta, is_live: bool, n
     """
     if holding is None:
         return []
-    at = _clock(holding.renewed_at)
+    at = date_and_clock(holding.renewed_at)
     host = holding.machine.split("/")[0]
     if holding.released:
         if not is_live or not _session_runs(now):
@@ -229,10 +230,6 @@ def _span(days: Iterable[date]) -> str:
     if not ordered:
         return ""
     return f" ({ordered[0]})" if len(ordered) == 1 else f" ({ordered[0]} to {ordered[-1]})"
-
-
-def _clock(at: datetime) -> str:
-    return f"{at.astimezone(NEW_YORK):%Y-%m-%d %H:%M} New York"
 
 
 def _size(count: int) -> str:

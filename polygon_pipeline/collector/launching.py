@@ -12,7 +12,7 @@ from datetime import date, datetime, timedelta
 from enum import Enum, auto
 
 from polygon_pipeline.collector.lease import TOLERANCE, TTL, Holding
-from polygon_pipeline.market.calendar import NEW_YORK, current_or_next_session, session
+from polygon_pipeline.market.calendar import NEW_YORK, clock, current_or_next_session, session
 from polygon_pipeline.market.revisions import collected_after
 
 # Taking over an expired lease takes up to 75 s, and ending a run a few.
@@ -129,7 +129,8 @@ def decide_session(day: date, now: datetime, loaded_at: datetime, runs: Sequence
     if last.outcome is Outcome.FAILED_FOR_GOOD and last.ended_at and last.ended_at > loaded_at:
         pause = max(pause, _AFTER_REFUSAL)
     if last.ended_at and now < last.ended_at + pause:
-        return Wait(f"attempt {len(mine)} at {day} failed; the next is due {last.ended_at + pause:%H:%M:%S} UTC")
+        due_at = clock(last.ended_at + pause, seconds=True)
+        return Wait(f"attempt {len(mine)} at {day} failed; the next is due at {due_at} New York")
     return Start(day, attempt)
 
 

@@ -42,7 +42,7 @@ from polygon_pipeline.lake.ledger import Account, Watermark
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.lake.watermark import watermark
 from polygon_pipeline.market.bars import Channel, timestamp_error
-from polygon_pipeline.market.calendar import NEW_YORK
+from polygon_pipeline.market.calendar import clock
 
 # Connections at once, the unauthenticated included.
 MOST_READERS = 16
@@ -461,7 +461,7 @@ class Relay:
         return {
             "ev": "status",
             "status": _WATERMARK,
-            "message": f"complete through {found.through.astimezone(NEW_YORK):%H:%M} New York"
+            "message": f"complete through {clock(found.through)} New York"
             + (f", without {_spans(found)}" if gaps else ""),
             "channel": channel,
             "first": _ms(found.first),
@@ -577,9 +577,7 @@ def _matching(frames: Sequence[bytes], topics: frozenset[Topic]) -> list[bytes]:
 
 
 def _spans(found: Watermark) -> str:
-    return ", ".join(
-        f"{first.astimezone(NEW_YORK):%H:%M} to {last.astimezone(NEW_YORK):%H:%M}" for first, last in found.gaps
-    )
+    return ", ".join(f"{clock(first)} to {clock(last)}" for first, last in found.gaps)
 
 
 def _event(status: str, message: str) -> dict[str, object]:

@@ -19,6 +19,7 @@ from polygon_pipeline.alerts import causes, sending
 from polygon_pipeline.alerts.causes import Cause, EndedRun
 from polygon_pipeline.alerts.telling import Memory
 from polygon_pipeline.collector.lease import Holding, read_lease, this_machine
+from polygon_pipeline.datasets.wording import clock
 from polygon_pipeline.defs.collect import SESSION_DATE_TAG, collect_aggregates_job
 from polygon_pipeline.defs.partitions import days_of
 from polygon_pipeline.defs.reference import reported_status
@@ -206,5 +207,5 @@ def _send(memory: Memory, senders: dict[str, Callable[[list[str]], None]], now: 
             senders[name](texts)
             memory.sent(name)
         except sending.NotSent as error:
-            problems.append(f"{len(texts)} messages wait, as {error}; next try {memory.not_sent(name, now):%H:%M} UTC")
+            problems.append(f"{len(texts)} messages wait, as {error}; next try {clock(memory.not_sent(name, now))}")
     return problems

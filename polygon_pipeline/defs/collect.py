@@ -22,6 +22,7 @@ from polygon_pipeline.collector import launching, metrics, telling
 from polygon_pipeline.collector.collector import Collector, Plan, Progress
 from polygon_pipeline.collector.relay import RelayAccess
 from polygon_pipeline.datasets import catalog
+from polygon_pipeline.datasets.wording import clock
 from polygon_pipeline.defs.reference import reported_status
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.defs.supervision import (
@@ -312,8 +313,8 @@ class _WatchedState:
 
 
 def _as_text(gap: Gap) -> dict[str, str]:
-    end = f"{gap.last_minute:%H:%M} UTC" if gap.last_minute else "now"
-    minutes = f"{gap.first_minute:%H:%M} to {end}" if gap.first_minute else "none"
+    end = clock(gap.last_minute) if gap.last_minute else "now"
+    minutes = f"{calendar.clock(gap.first_minute)} to {end}" if gap.first_minute else "none"
     return {"start": str(gap.start), "end": str(gap.end or "now"), "cause": gap.cause, "minute_bars_due": minutes}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
@@ -110,7 +111,7 @@ def test_a_run_that_keeps_failing_is_started_again_with_increasing_numbers_and_p
     for attempt, outcome in enumerate(outcomes, start=1):
         asked = now
         while isinstance(decision := decide_live(now, _OPEN, runs), Wait):
-            assert "the next is due" in decision.reason
+            assert re.search(r"the next is due at \d\d:\d\d:\d\d New York$", decision.reason)
             now += _SECOND * 5
         pauses.append(now - asked)
         assert decision == Start(DAY, attempt)
