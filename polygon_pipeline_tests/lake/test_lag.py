@@ -99,3 +99,11 @@ def test_people_read_how_late_revisions_came_beside_how_long_they_are_waited_for
         "half of 100 revisions came within 1.1 min of the bar's end, 99 of 100 within 1.1, the latest after 14.0; they "
         "are waited for 30 min (POLYGON_REVISION_MINUTES)"
     )
+
+
+def test_no_share_of_the_revisions_is_said_to_be_later_than_the_latest() -> None:
+    lateness = Lateness(latest_revision_seconds=780.0)
+    lateness.revised.add(780.0, 3)
+    assert "within 13.0 min of the bar's end, 99 of 100 within 13.0, the latest after 13.0" in revisions_came(
+        lateness.summary(), timedelta(minutes=15)
+    )
