@@ -121,7 +121,9 @@ def test_a_run_that_is_terminated_by_hand_ends_canceled_and_says_what_is_safe_an
     )
     assert "Error" not in str(ended.event_specific_data), "the run's end shows no stack"
     assert checkpoint
-    assert checkpoint.get_dagster_event().message == "09:35 New York: 10 bars, 2 of 2 tickers, no gaps, nothing waits"
+    assert checkpoint.get_dagster_event().message == (
+        "09:35 New York: 10 bars, 2 of 2 tickers, no gaps, complete through 09:33, nothing waits"
+    )
 
 
 def test_a_live_feed_judges_silence_by_the_market_and_a_simulated_one_never(monkeypatch: pytest.MonkeyPatch) -> None:
