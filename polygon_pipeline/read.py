@@ -173,7 +173,7 @@ def universe(day: Day, to: To = "arrow") -> Any:
                 return _converted(found, to)
         raise ReadError(
             f"{reader.lake.uri} has no listing of tickers as of {wanted} or a day before: materialize `tickers` with "
-            "that date. What traded then without it: daily('*', day, day)."
+            f"as_of: ['{wanted}'] in its configuration. What traded then without it: daily('*', day, day)."
         )
 
 
@@ -192,7 +192,7 @@ def coverage(first: Day, last: Day | None = None, ticker: str = "*", to: To = "a
             reader.relation(name, dataset, list(reader.days(dataset, begin, end).values()))
         chosen = "true" if ticker == "*" else f"ticker = {quoted(ticker)}"
         if ticker != "*" and not reader.table(f"SELECT 1 FROM covered WHERE {chosen} LIMIT 1").num_rows:
-            raise ReadError(_no_rows(catalog.BAR_COVERAGE, [ticker], reader.lake))
+            raise ReadError(reader.no_rows(catalog.BAR_COVERAGE, "covered", [ticker]))
         found = reader.table(
             f"""
             SELECT date, date IN (SELECT unnest($stored::DATE[])) AS is_stored, * EXCLUDE (date)
@@ -240,6 +240,8 @@ def _adjusted_rows(
         raise ReadError(f"first is {begin}, after last, {end}.")
     if adjusted not in get_args(Adjusted):
         raise ReadError(f"adjusted is {adjusted!r}; it must be none, splits or all.")
+    if known and adjusted == "none":
+        raise ReadError('as_of says what prices are adjusted by: give adjusted="splits" or "all" with it.')
     with _reading(to) as reader:
         files = reader.days(dataset, begin, end)
         if not files:
@@ -250,26 +252,17 @@ def _adjusted_rows(
         rows = f"(SELECT {', '.join(columns)} FROM stored WHERE {_is_among(tickers)})"
         order = ", ".join(column for column in ("ticker", "date", "timestamp") if column in columns)
         found = reader.table(f"{adjustment.adjusted_rows(rows, columns, adjusted)} ORDER BY {order}")
-        _tell_missing(dataset, tickers, found, reader.lake)
+        if tickers is not None:
+            _tell_missing(reader, dataset, tickers, set(found["ticker"].unique().to_pylist()))
         return _converted(found, to)
 
 
-def _tell_missing(dataset: Dataset, tickers: Sequence[str] | None, found: pa.Table, lake: Lake) -> None:
-    if tickers is None:
-        return
-    present = set(found["ticker"].unique().to_pylist())
+def _tell_missing(reader: _Reader, dataset: Dataset, tickers: Sequence[str], present: set[str]) -> None:
     if missing := [ticker for ticker in tickers if ticker not in present]:
-        text = _no_rows(dataset, missing, lake)
+        text = reader.no_rows(dataset, "stored", missing)
         if not present:
             raise ReadError(text)
         _warn(text)
-
-
-def _no_rows(dataset: Dataset, tickers: Sequence[str], lake: Lake) -> str:
-    hint = ""
-    if any(ticker != ticker.upper() for ticker in tickers):
-        hint = " Tickers are in the vendor's case: most are in capitals."
-    return f"{dataset.name} of these days has no {', '.join(tickers)}, in {lake.uri}.{hint}"
 
 
 class _Reader:
@@ -403,6 +396,20 @@ class _Reader:
                 "cannot be said. Leave as_of out to adjust by what is known now."
             )
         return f"{self.lake.uri} has no {listing.name}, which prices are adjusted by: materialize {listing.name}."
+
+    def no_rows(self, dataset: Dataset, relation: str, tickers: Sequence[str]) -> str:
+        """What is said where the days of a relation do not have these tickers."""
+        present = [
+            row[0] for row in self.connection.sql(f"SELECT DISTINCT ticker FROM {relation} ORDER BY 1").fetchall()
+        ]
+        more = f" and {len(present) - _NAMED:,} more" if present[_NAMED:] else ""
+        hint = ""
+        if any(ticker != ticker.upper() for ticker in tickers):
+            hint = " Tickers are in the vendor's case: most are in capitals."
+        return (
+            f"{dataset.name} of these days has no {', '.join(tickers)}, in {self.lake.uri}: it has "
+            f"{', '.join(present[:_NAMED]) or 'none'}{more}.{hint}"
+        )
 
     def no_days(self, dataset: Dataset, first: date, last: date) -> str:
         every = self.days(dataset, date.min, date.max)

@@ -249,7 +249,7 @@ def test_what_is_not_there_is_an_error_that_says_so(
         read.bars("SPY", "2026-01-24", "2026-01-24")
     with pytest.raises(ReadError, match="no day from 2026-01-27 on"):
         read.bars("SPY", TUESDAY)
-    with pytest.raises(ReadError, match=r"has no spy, in .* Tickers are in the vendor's case"):
+    with pytest.raises(ReadError, match=r"has no spy, in .*: it has SPY\. Tickers are in the vendor's case"):
         read.bars("spy", MONDAY)
     with pytest.warns(ReadWarning, match="has no NONE"):
         assert read.bars(["NONE", "SPY"], MONDAY).num_rows == 2
@@ -265,6 +265,7 @@ def test_what_is_not_there_is_an_error_that_says_so(
         ({"first": "26.1.2026"}, "first is '26.1.2026'; it must be a date"),
         ({"last": "2026-01-25"}, "first is 2026-01-26, after last"),
         ({"adjusted": "yes"}, "adjusted is 'yes'"),
+        ({"as_of": "2026-01-26"}, "as_of says what prices are adjusted by"),
         ({"to": "excel"}, "to is 'excel'"),
         ({"ticker": []}, "ticker is empty"),
     ],
