@@ -419,7 +419,7 @@ def try_key(url: str, key: str) -> str | None:
 
 
 def _lost(error: Exception) -> _Disconnected:
-    return _Disconnected(f"the connection was lost: {str(error) or type(error).__name__}")
+    return _Disconnected(f"the connection was lost: {str(error).rstrip('.') or type(error).__name__}")
 
 
 def _send(socket: websocket.WebSocket, action: str, params: str) -> None:

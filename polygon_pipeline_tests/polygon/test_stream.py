@@ -391,6 +391,7 @@ def test_a_connection_that_ends_is_reported_with_its_cause_and_made_again_at_onc
         ended = watched.next(EventKind.DISCONNECTED)
         for cause in causes:
             assert cause in ended.detail
+        assert not ended.detail.endswith("."), "a sentence goes on after it"
         assert ended.retry_seconds == 0
         watched.next(EventKind.CONNECTED)
         watched.next(EventKind.SUBSCRIBED)
