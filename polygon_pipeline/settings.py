@@ -38,6 +38,10 @@ _THIS_MACHINE = "localhost,127.0.0.1,::1,127.0.0.0/8"
 # Two years, of which the free plan has the history; earlier days are asked for by name, back to the vendor's first.
 HISTORY_START = date(2024, 12, 2)
 
+# A run's start takes 5 to 10 s, as long as twenty days of a watch list; a hundred whole-market days take half an hour,
+# in which no other day is made. Several machines share a backfill by its runs.
+DAYS_PER_RUN = 100
+
 
 class ConfigurationError(Exception):
     """A variable has a value that cannot work; the text names it and says what would."""
@@ -169,6 +173,7 @@ def load(environment: Mapping[str, str]) -> Settings:
     if rest_url:
         require_private("POLYGON_REST_URL", rest_url, "https", "http", environment)
     night_session_from(environment)
+    days_per_run(environment)
     revision_minutes(environment)
     return Settings(
         feed="simulated" if simulated else "polygon",
@@ -241,6 +246,14 @@ def revision_minutes(environment: Mapping[str, str]) -> int:
             "how many minutes after its end a bar is waited for that is revised."
         )
     return found
+
+
+def days_per_run(environment: Mapping[str, str]) -> int:
+    """POLYGON_DAYS_PER_RUN: how many days a backfill's run makes at the most. Raises ConfigurationError."""
+    text = environment.get("POLYGON_DAYS_PER_RUN", "").strip() or str(DAYS_PER_RUN)
+    if not (re.fullmatch("[0-9]{1,3}", text) and int(text) >= 1):
+        raise ConfigurationError(f"POLYGON_DAYS_PER_RUN is {text!r}; it must be a whole number from 1 to 999.")
+    return int(text)
 
 
 def lake_uri(environment: Mapping[str, str]) -> str:

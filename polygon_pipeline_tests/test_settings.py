@@ -15,6 +15,7 @@ from polygon_pipeline.settings import (
     ConfigurationError,
     Settings,
     alert_receivers,
+    days_per_run,
     keep_proxies_off_this_machine,
     load,
 )
@@ -419,6 +420,11 @@ def test_metrics_are_served_on_a_port_alone_and_not_without_one() -> None:
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "0.0.0.0:9464", "nine", "٩٤٦٤"])
 def test_a_port_that_is_none_is_refused(port: str) -> None:
     assert "POLYGON_METRICS_PORT" in refused(POLYGON_METRICS_PORT=port)
+
+
+def test_a_backfills_runs_may_be_shorter_for_more_machines() -> None:
+    assert (days_per_run({}), days_per_run({"POLYGON_DAYS_PER_RUN": " 5 "})) == (100, 5)
+    assert "POLYGON_DAYS_PER_RUN is '0'" in refused(POLYGON_DAYS_PER_RUN="0")
 
 
 @pytest.mark.parametrize(("text", "standby"), [("", False), ("no", False), (" Yes ", True)])

@@ -36,10 +36,6 @@ from polygon_pipeline.market.bars import Channel
 
 _STEPS = {Channel.MINUTE: "bars_datasets", Channel.SECOND: "second_bars_datasets"}
 
-# A run's start takes 5 to 10 s, as long as twenty days of a watch list; a hundred whole-market days take half an hour,
-# in which no other day is made.
-_DAYS_PER_RUN = 100
-
 # A store that is away is waited for, an hour and a half at the most; then the night is.
 _STORE_TRIES = 90
 _STORE_PAUSE_SECONDS = 60
@@ -94,7 +90,7 @@ def _channel_assets(project: Project, channel: Channel) -> dg.AssetsDefinition:
         ],
         check_specs=checks.specs(datasets),
         can_subset=True,
-        backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=_DAYS_PER_RUN),
+        backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=project.days_per_run),
         pool="datasets",  # one run at a time: a day takes both cores, and the collector keeps its place
     )
     def make(

@@ -40,6 +40,7 @@ class Project:
     channels: tuple[Channel, ...] = (Channel.MINUTE,)
     is_simulated: bool = False
     has_flat_files: bool = False
+    days_per_run: int = settings.DAYS_PER_RUN
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Project:
@@ -53,8 +54,12 @@ class Project:
             start = settings.history_start(environment)
         except settings.ConfigurationError:
             start = cls.history_start
+        try:
+            days_per_run = settings.days_per_run(environment)
+        except settings.ConfigurationError:
+            days_per_run = cls.days_per_run
         has_flat_files = bool(environment.get("POLYGON_FLAT_FILES_KEY_ID", "").strip())
-        return cls(start, channels, settings.is_simulated(environment), has_flat_files)
+        return cls(start, channels, settings.is_simulated(environment), has_flat_files, days_per_run)
 
     @cached_property
     def trading_days(self) -> dg.TimeWindowPartitionsDefinition:

@@ -75,7 +75,7 @@ def _reference_asset(project: Project, dataset: Dataset, fetch: _Fetch) -> dg.As
     @dg.asset(
         name=dataset.name,
         partitions_def=project.trading_days,
-        backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=DAYS_PER_RUN),
+        backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=min(DAYS_PER_RUN, project.days_per_run)),
         output_required=False,
         # Flat files need not wait for each other as REST does, whose limit all runs keep together whatever their pool.
         pool="flat_files" if project.has_flat_files else "history",

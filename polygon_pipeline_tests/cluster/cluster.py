@@ -81,7 +81,7 @@ class Cluster:
         self.workers = [Machine("worker-a", 11, folder / "a"), Machine("worker-b", 12, folder / "b")]
         self.over = folder / "session-is-over"
         self._logs = s3.new_bucket()
-        self._variables = {**variables, "CLUSTER_DAYS_PER_RUN": str(days_per_run), "CLUSTER_OVER": str(self.over)}
+        self._variables = {**variables, "POLYGON_DAYS_PER_RUN": str(days_per_run), "CLUSTER_OVER": str(self.over)}
         self.ui = WebUI(f"http://{self.control.address}:3000")
 
     def start(self) -> None:

@@ -3,8 +3,7 @@
 Belongs here: what differs from support.fast_demo, set from the environment variables below. Does not belong here:
 anything that would change what the project does.
 
-CLUSTER_EXCHANGE: the stream's URL. CLUSTER_OVER: a file that exists when the session is over. CLUSTER_DAYS_PER_RUN: of
-runs that make datasets, so that a short backfill has several.
+CLUSTER_EXCHANGE: the stream's URL. CLUSTER_OVER: a file that exists when the session is over.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ def _exchange(wanted: Settings, day: date) -> Iterator[tuple[str, Callable[[], s
 demo.exchange = _exchange
 
 from polygon_pipeline.definitions import build_defs  # noqa: E402
-from polygon_pipeline.defs import assets  # noqa: E402
 
-assets._DAYS_PER_RUN = int(os.environ["CLUSTER_DAYS_PER_RUN"])
 defs = build_defs()
 del _fast_demo

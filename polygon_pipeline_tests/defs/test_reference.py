@@ -56,6 +56,17 @@ def test_flat_files_have_a_pool_of_their_own_that_may_be_larger_than_that_of_res
     assert {asset.op.pool for asset in assets} == {pool}
 
 
+def test_runs_of_a_backfill_have_as_many_days_as_the_environment_says_at_the_most() -> None:
+    policies = {
+        key.to_user_string(): asset.backfill_policy
+        for asset in build_defs(Project.from_environment({"POLYGON_DAYS_PER_RUN": "5"})).assets or ()
+        if isinstance(asset, dg.AssetsDefinition) and asset.partitions_def
+        for key in asset.keys
+    }
+    for name in ("reference_bars", "normalized_bars", "daily_bars"):
+        assert policies[name] == dg.BackfillPolicy.multi_run(max_partitions_per_run=5)
+
+
 @pytest.mark.slow
 def test_days_that_were_not_collected_are_made_from_the_history_and_a_second_run_changes_no_file(
     lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
