@@ -13,6 +13,7 @@ from polygon_pipeline.collector.journal import JournalError
 from polygon_pipeline.collector.lease import LeaseHeld
 from polygon_pipeline.collector.recovery import Recovered, drain
 from polygon_pipeline.datasets import catalog
+from polygon_pipeline.datasets.wording import count
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, permanent_error
 from polygon_pipeline.market import calendar
@@ -34,7 +35,7 @@ def publish_journals(context: dg.OpExecutionContext, polygon: PolygonResource, l
     except STORE_ERRORS as error:
         fault = permanent_error(error, opened.uri) or error
         raise dg.Failure(f"The journals in {wanted.journal_dir} wait on: {fault}") from error
-    context.log.info(f"{runs} journals of earlier runs published from {wanted.journal_dir}")
+    context.log.info(f"{count(runs, 'journal')} of earlier runs published from {wanted.journal_dir}")
 
 
 def _report(context: dg.OpExecutionContext, found: Recovered) -> None:
@@ -42,17 +43,17 @@ def _report(context: dg.OpExecutionContext, found: Recovered) -> None:
     for day, channels in sorted(found.account.days.items()):
         if calendar.session(day) is None:
             continue  # its bars are on the lake, but it has no partition
-        for channel, count in sorted(channels.items()):
+        for channel, counted in sorted(channels.items()):
             context.log_event(
                 dg.AssetMaterialization(
                     catalog.RAW[channel].name,
-                    description=f"what run {found.header.run} had not published: {count.bars:,} bars in all",
+                    description=f"what run {found.header.run} had not published: {counted.bars:,} bars in all",
                     partition=day.isoformat(),
                     metadata={
                         "feed": found.header.feed,
-                        "bars": count.bars,
-                        "objects": count.objects,
-                        "revisions": count.revisions,
+                        "bars": counted.bars,
+                        "objects": counted.objects,
+                        "revisions": counted.revisions,
                         "frames": found.account.frames,
                         "quarantined": found.account.quarantined,
                         "last_received_at": str(found.account.last_received_at),
