@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import statistics
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -73,7 +74,7 @@ class Table:
                 f"{measured.cpu / count * 1e6:.2f} | {measured.peak_mb:,.0f} |"
             )
         goals = [f"- {'met' if met else '**missed**'}: {goal}: {found}" for goal, found, met in self.goals]
-        bound = [f"\nWhat bounds it: {self.bound}"] if self.bound else []
+        bound = ["\n" + textwrap.fill(f"What bounds it: {self.bound}", 120)] if self.bound else []
         return "\n".join([f"### {self.title}", "", *lines, "", *goals, *bound])
 
 
