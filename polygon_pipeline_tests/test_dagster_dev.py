@@ -159,5 +159,5 @@ def _statuses(dev: DagsterDev) -> list[str]:
     return [run["status"] for run in dev.runs()]
 
 
-def _until(condition: Callable[[], T | None], what: str, seconds: float = 120) -> T:
+def _until(condition: Callable[[], T | None], what: str, seconds: float = 240) -> T:
     return until(condition, what, seconds=seconds, pause=0.5)
