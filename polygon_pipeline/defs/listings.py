@@ -16,7 +16,7 @@ from polygon_pipeline.datasets.listings import Fetched, fetch_listing, keep
 from polygon_pipeline.datasets.vendor_factors import compare
 from polygon_pipeline.datasets.wording import count, number, plain
 from polygon_pipeline.defs.describing import describing
-from polygon_pipeline.defs.partitions import URGENT, Project, latest_materialization
+from polygon_pipeline.defs.partitions import URGENT, Project
 from polygon_pipeline.defs.presenting import markdown_table
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.lake.errors import STORE_ERRORS, LakeError, brief, permanent_error
@@ -33,6 +33,8 @@ LISTINGS_TAG = "polygon_pipeline/listings"
 DUE_AT = time(7, 30, tzinfo=UTC)
 TRIES_A_DAY = 3
 
+_ASKED_FOR = "asked_for"
+_FETCHES_LOOKED_AT = 50
 _NAMED = 20
 _SHOWN_ROWS = 10
 _UNFINISHED = [
@@ -116,7 +118,10 @@ def _asset(listing: Listing, since: date) -> dg.AssetsDefinition:
         except STORE_ERRORS as error:
             refused = permanent_error(error, opened.uri, opened.bucket_region)
             raise dg.Failure(str(refused or f"{opened.uri} is away: {brief(error)}")) from error
-        yield dg.MaterializeResult(metadata=metadata, check_results=results)
+        named = config.get("as_of") or config.get("tickers")
+        yield dg.MaterializeResult(
+            metadata=metadata | ({_ASKED_FOR: ", ".join(named)} if named else {}), check_results=results
+        )
 
     return fetch
 
@@ -235,5 +240,11 @@ def listings_schedule(context: dg.ScheduleEvaluationContext, polygon: PolygonRes
 
 
 def _is_fetched(instance: dg.DagsterInstance, listing: Listing, since: datetime) -> bool:
-    latest = latest_materialization(instance, listing.name)
-    return latest is not None and latest.timestamp >= since.timestamp()
+    """Whether the day's fetch is there; one of dates or tickers that a person named is none."""
+    found = instance.fetch_materializations(
+        dg.AssetRecordsFilter(dg.AssetKey(listing.name), after_timestamp=since.timestamp()), limit=_FETCHES_LOOKED_AT
+    )
+    return any(
+        record.asset_materialization and _ASKED_FOR not in record.asset_materialization.metadata
+        for record in found.records
+    )

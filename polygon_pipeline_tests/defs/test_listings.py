@@ -239,6 +239,17 @@ def test_everything_is_fetched_once_a_day(instance: dg.DagsterInstance, stored: 
     assert names(asked(instance, now + timedelta(days=1))) == NAMES
 
 
+def test_a_fetch_of_a_past_listing_by_hand_is_not_the_days(
+    instance: dg.DagsterInstance, stored: Lake, vendor: PlannedServer
+) -> None:
+    now = datetime.now(UTC)
+    assert fetch(instance, "tickers", as_of=["2026-01-05"]).success
+    assert names(asked(instance, now)) == NAMES
+    assert fetch(instance).success
+    assert fetch(instance, "tickers", as_of=["2026-01-05"]).success
+    assert isinstance(asked(instance, now), dg.SkipReason)
+
+
 def test_what_failed_is_asked_for_again_alone_and_not_for_ever(
     instance: dg.DagsterInstance, stored: Lake, vendor: PlannedServer
 ) -> None:
