@@ -113,7 +113,7 @@ def leftover_journals_sensor(
     except (*STORE_ERRORS, LakeError) as error:
         return dg.SkipReason(f"the lake is away, and what is left on this disk waits: {brief(error)}")
     if not left:
-        return dg.SkipReason("nothing on this disk belongs to this lake")
+        return dg.SkipReason("what is on this disk is of another lake, or of the run that holds this lake's lease")
     # A run that failed, because the store went away again, is asked for again.
     return dg.RunRequest(run_key=f"{left[0]} and {len(left) - 1} more, {now:%Y-%m-%dT%H:}{now.minute // 10}0")
 
