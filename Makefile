@@ -30,7 +30,7 @@ doctor: $(BIN)/.installed
 check: static
 	$(BIN)/pytest -m "not slow"
 
-# Everything: about twelve minutes on two cores.
+# Everything: about nine minutes on two cores, and two more the first time.
 test: static
 	$(BIN)/pytest
 

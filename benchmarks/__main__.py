@@ -32,6 +32,7 @@ NAMES = (
     "flat_file",
     "loading",
     "backfill",
+    "workers",
     "growth",
 )
 _HERE = Path(__file__).parent

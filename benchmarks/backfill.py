@@ -31,7 +31,7 @@ from polygon_pipeline_tests.support.dagster_dev import DagsterDev
 from polygon_pipeline_tests.support.waiting import until
 
 _TICKERS = 12
-_MINUTE = [d for d in catalog.FOLLOWING if d.channel is Channel.MINUTE and not d.required]
+MINUTE = [d for d in catalog.FOLLOWING if d.channel is Channel.MINUTE and not d.required]
 _LAST = date(2026, 10, 30)
 _MOST_SECONDS = {252: 180, 5_000: 3_600}
 
@@ -53,7 +53,7 @@ def bare_loop(run: Run, history: Path, days: Sequence[date]) -> Callable[[], Pat
     space.mkdir()
 
     def work() -> Path:
-        for made in make_days(source, days, lambda _: _MINUTE, space, datetime.now(UTC)):
+        for made in make_days(source, days, lambda _: MINUTE, space, datetime.now(UTC)):
             put_dataset(target, made.dataset.name, made.day.isoformat(), made.file)  # type: ignore[union-attr]
         return target.local_root
 
@@ -72,7 +72,7 @@ def in_one_process(run: Run, history: Path, days: Sequence[date]) -> Callable[[]
     instance = dg.DagsterInstance.local_temp(tempfile.mkdtemp(dir=run.scratch))
 
     def work() -> Path:
-        names = [dg.AssetKey(dataset.name) for dataset in _MINUTE]
+        names = [dg.AssetKey(dataset.name) for dataset in MINUTE]
         assert job.execute_in_process(asset_selection=names, instance=instance, tags=day_tags(days)).success
         return lake.local_root
 
@@ -81,22 +81,22 @@ def in_one_process(run: Run, history: Path, days: Sequence[date]) -> Callable[[]
 
 def _through_the_daemon(run: Run, count: int) -> Table:
     days = trading_days(date(2003, 9, 10), _LAST)[-count:]
-    history = _history(run, days, _TICKERS)
+    history = history_of(run, days, _TICKERS)
     # 252 days are enough for a day's time; the rest of 5,000 is like them.
     bare = measure(bare_loop, run, history, days[-252:])
     with _dagster(run, history, days[0]) as (dev, lake):
         ours, started_after = _backfill(dev, lake, days)
         say(f"{count:,} days took {ours.seconds:.0f} s, {bare.seconds / 252 * count:.0f} s in the bare loop …")
-        made = _hashes(lake.local_root, _MINUTE)
-        assert _hashes(bare.result, _MINUTE).items() <= made.items(), "the backfill's files are not the bare loop's"
+        made = _hashes(lake.local_root, MINUTE)
+        assert _hashes(bare.result, MINUTE).items() <= made.items(), "the backfill's files are not the bare loop's"
         killed = _killed_half_way(dev, lake, days) if count == 252 else None
-        assert _hashes(lake.local_root, _MINUTE) == made, "the same days again came to other files"
+        assert _hashes(lake.local_root, MINUTE) == made, "the same days again came to other files"
     rows = [("through the daemon", count, ours), ("bare loop", 252, bare)]
     if killed:
         rows.append(("the same days again, killed half way", count, killed))
     ratio = (ours.seconds / count) / (bare.seconds / 252)
     return Table(
-        f"a backfill of {count:,} days of {_TICKERS} tickers, {len(_MINUTE)} datasets",
+        f"a backfill of {count:,} days of {_TICKERS} tickers, {len(MINUTE)} datasets",
         "days",
         rows,
         [at_most(_MOST_SECONDS[count], ours.seconds, "seconds"), at_most(3, ratio, "times the bare loop")],
@@ -110,7 +110,7 @@ def _session_start(run: Run) -> Table:
     """How long after the sensor is turned on a collector is connected, at rest and beside a backfill."""
     days = trading_days(date(2003, 9, 10), _LAST)[-252:]
     rows = []
-    with _dagster(run, _history(run, days, _TICKERS), days[0], demo=True) as (dev, lake):
+    with _dagster(run, history_of(run, days, _TICKERS), days[0], demo=True) as (dev, lake):
         until(lambda: _is_connected(lake, None), "the first session begins", seconds=120, pause=0.5)
         for name in ("beside a backfill", "at rest"):
             dev.turn_off("market_session_sensor")
@@ -119,14 +119,14 @@ def _session_start(run: Run) -> Table:
             until(lambda: not dev.collectors(), "the session before is terminated", seconds=120, pause=0.5)
             if name == "beside a backfill":
                 made = _count(lake)
-                dev.backfill([dataset.name for dataset in _MINUTE], days)
+                dev.backfill([dataset.name for dataset in MINUTE], days)
                 until(lambda: _count(lake) > made + 20, "the backfill is at work", seconds=300, pause=0.5)  # noqa: B023
             started = time.monotonic()
             dev.turn_on("market_session_sensor")
             until(lambda: _is_connected(lake, before), "the next session begins", seconds=120, pause=0.2)  # noqa: B023
             rows.append((name, 1, Measured(time.monotonic() - started, float("nan"), float("nan"), None)))
             if name == "beside a backfill":
-                until(lambda: _count(lake) >= len(days) * len(_MINUTE), "it is made", seconds=600, pause=1)
+                until(lambda: _count(lake) >= len(days) * len(MINUTE), "it is made", seconds=600, pause=1)
     return Table(
         "from the sensor being turned on to a collector that is connected",
         "sessions",
@@ -144,12 +144,12 @@ def _is_connected(lake: Lake, after: Holding | None) -> bool:
 def _whole_market(run: Run, count: int) -> Table:
     tickers = data.WHOLE_MARKET if run.full else data.WHOLE_MARKET // 4
     days = trading_days(date(2026, 1, 1), _LAST)[-count:]
-    history = _history(run, days, tickers)
+    history = history_of(run, days, tickers)
     bare = measure(bare_loop, run, history, days)
     ours = measure(in_one_process, run, history, days)
-    assert _hashes(ours.result, _MINUTE) == _hashes(bare.result, _MINUTE)
+    assert _hashes(ours.result, MINUTE) == _hashes(bare.result, MINUTE)
     return Table(
-        f"{count} days of {tickers:,} tickers, {len(_MINUTE)} datasets with their checks, in one run",
+        f"{count} days of {tickers:,} tickers, {len(MINUTE)} datasets with their checks, in one run",
         "days",
         [("one run", count, ours), ("bare loop", count, bare)],
         [at_most(1.2, ours.seconds / bare.seconds, "times the bare loop"), at_most(2000, ours.peak_mb, "MB")],
@@ -157,7 +157,7 @@ def _whole_market(run: Run, count: int) -> Table:
     )
 
 
-def _history(run: Run, days: Sequence[date], tickers: int) -> Path:
+def history_of(run: Run, days: Sequence[date], tickers: int) -> Path:
     """A folder with the history of these days and tickers, kept; made like the vendor's flat files."""
     from polygon_pipeline.datasets.reference import from_flat_file
     from polygon_pipeline.lake.dataset_files import put_dataset
@@ -203,7 +203,7 @@ def _backfill(dev: DagsterDev, lake: Lake, days: Sequence[date]) -> tuple[Measur
     """How long it took, and after how long the first file was there. CPU: of the daemon, the code server and runs."""
     before = sum(usage.cpu for usage in usage_by_part(dev).values())
     started = time.monotonic()
-    asked = dev.backfill([dataset.name for dataset in _MINUTE], days)
+    asked = dev.backfill([dataset.name for dataset in MINUTE], days)
     until(lambda: _count(lake), "the first day is made", seconds=300, pause=0.5)
     first = time.monotonic() - started
     until(lambda: dev.backfill_status(asked) != "REQUESTED", "the backfill ends", seconds=7200, pause=0.5)
@@ -215,22 +215,22 @@ def _backfill(dev: DagsterDev, lake: Lake, days: Sequence[date]) -> tuple[Measur
 
 def _killed_half_way(dev: DagsterDev, lake: Lake, days: Sequence[date]) -> Measured:
     """The same backfill from the history alone, with the process of its run killed once; CPU is not told."""
-    for dataset in _MINUTE:
+    for dataset in MINUTE:
         shutil.rmtree(lake.local_root / "datasets" / dataset.name)
     started = time.monotonic()
-    asked = dev.backfill([dataset.name for dataset in _MINUTE], days)
-    half = len(days) * len(_MINUTE) // 2
+    asked = dev.backfill([dataset.name for dataset in MINUTE], days)
+    half = len(days) * len(MINUTE) // 2
     until(lambda: _count(lake) >= half, "half of it is made", seconds=300, pause=0.5)
     for pid, line in dev.processes():
         if "spawn_main" in line:  # the code server's child, in which the run is
             os.kill(pid, signal.SIGKILL)
     until(lambda: dev.backfill_status(asked) != "REQUESTED", "the backfill ends", seconds=900, pause=0.5)
-    until(lambda: _count(lake) == len(days) * len(_MINUTE), "every day is made", seconds=300, pause=0.5)
+    until(lambda: _count(lake) == len(days) * len(MINUTE), "every day is made", seconds=300, pause=0.5)
     return Measured(time.monotonic() - started, float("nan"), float("nan"), None)
 
 
 def _count(lake: Lake) -> int:
-    return sum(1 for dataset in _MINUTE for _ in (lake.local_root / "datasets" / dataset.name).glob("date=*/*"))
+    return sum(1 for dataset in MINUTE for _ in (lake.local_root / "datasets" / dataset.name).glob("date=*/*"))
 
 
 def _hashes(root: Path, datasets: Sequence[Dataset]) -> Mapping[str, str]:
