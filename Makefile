@@ -26,7 +26,7 @@ dev: $(BIN)/.installed $(DAGSTER_HOME)/dagster.yaml
 doctor: $(BIN)/.installed
 	@$(BIN)/python -m polygon_pipeline.doctor $(DOCTOR)
 
-# Lint, types, the import contract and the fast tests: under a minute.
+# Lint, types, the import contract and the fast tests: about two minutes.
 check: static
 	$(BIN)/pytest -m "not slow"
 
