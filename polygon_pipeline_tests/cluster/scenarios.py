@@ -35,7 +35,7 @@ from polygon_pipeline_tests.support.materializing import materialize
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
 
-_DATASETS = [dataset.name for dataset in FOLLOWING if dataset.channel is Channel.MINUTE]
+_DATASETS = [dataset.name for dataset in FOLLOWING if dataset.channel is Channel.MINUTE and not dataset.required]
 _SPEED = 48.0  # a session takes 20 minutes
 _VARIABLES = {
     "POLYGON_API_KEY": "simulator",
