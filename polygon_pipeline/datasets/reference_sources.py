@@ -1,12 +1,12 @@
 """Fetches the vendor's history of trading days: from flat files or REST, each day as soon as it is whole.
 
-Belongs here: which source serves a day, keeping what was fetched until a day is whole, and whether it differs from what
-the lake has. Does not belong here: requests (polygon.rest, polygon.flat_files), rows (datasets.reference), and storing
-the result (defs.writer).
+Belongs here: which source serves a day, and whether what was fetched differs from what the lake has. Does not belong
+here: requests (polygon.rest, polygon.flat_files), what waits until a day is whole (datasets.staged_answers), rows
+(datasets.reference), and storing the result (defs.writer).
 
 A day whose flat file is there or due comes from there, whole market in one object. Any other day comes from REST,
 ticker by ticker, and a month at a time: more per request has gaps, by the vendor's word. Every ticker's answers are
-kept below `staging` until all of their days are stored, so that a run that was cut goes on where it was.
+kept until all of their days are stored, so that another run goes on where one was cut, on another machine too.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
 
 from polygon_pipeline.datasets import reference
 from polygon_pipeline.datasets.catalog import REFERENCE_BARS, REFERENCE_DAILY_BARS
 from polygon_pipeline.datasets.inputs import fetch_reference
+from polygon_pipeline.datasets.staged_answers import StagedAnswers, sweep
+from polygon_pipeline.lake.errors import STORE_ERRORS, brief
 from polygon_pipeline.lake.ledger import market_time, read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.calendar import day_bounds_ms, session
@@ -44,8 +45,6 @@ _SPAN = timedelta(days=31)
 DAYS_PER_REQUEST = 21
 # Answers kept from an earlier run are used again for so long.
 _STAGED_FOR = timedelta(hours=6)
-# A run that is under way has added an answer since.
-_SWEPT_AFTER = timedelta(days=1)
 # Longer than anyone would wait for: a whole market by a free plan's requests.
 LONGEST_SECONDS = 12 * 3600.0
 _REPORT_EVERY_SECONDS = 30.0
@@ -64,7 +63,6 @@ class Sources:
     flat_files: ObjectStore | None
     tickers: tuple[str, ...]
     requests_per_second: float
-    staging: Path
 
 
 class FetchedDay(NamedTuple):
@@ -101,14 +99,14 @@ def fetch_days(
     folder: an empty local folder. now: aware. report: called with what to log, the time left among it. A day that
     cannot be fetched is given with its problem, and the others go on; store errors are raised.
     """
-    _sweep(sources.staging)
+    sweep(lake, now, _STAGED_FOR)
     by_file = _by_file(days, sources.flat_files, now)
     by_rest = [day for day in sorted(days) if day not in by_file]
     began = reported = time.monotonic()
     for done, day in enumerate(by_file, 1):
         assert sources.flat_files
         try:
-            yield _from_flat_file(lake, day, sources.flat_files, _new(folder, day), now)
+            yield _from_flat_file(lake, day, sources.flat_files, _new(folder, f"day-{day}"), now)
         except _PROBLEMS as problem:
             yield UnfetchedDay(day, problem)
         if time.monotonic() - reported >= _REPORT_EVERY_SECONDS:
@@ -119,8 +117,6 @@ def fetch_days(
         try:
             yield from _from_rest(lake, span, sources, folder, now, report)
         except _PROBLEMS as problem:
-            if isinstance(problem, reference.UnreadableReference):
-                shutil.rmtree(_staging(sources, span))  # or it would be read again, and again in vain
             yield from (UnfetchedDay(day, problem) for day in span)
 
 
@@ -141,7 +137,7 @@ def fetch_daily_days(
     """Fetches the vendor's day bars of trading days, as fetch_days fetches the minutes: from flat files where there are
     credentials for them, else one request a day for the whole market."""
     for day in sorted(days):
-        scratch = _new(folder, day)
+        scratch = _new(folder, f"day-{day}")
         try:
             if sources.flat_files is not None:
                 yield _from_flat_file(lake, day, sources.flat_files, scratch, now, FlatFileKind.DAYS)
@@ -213,23 +209,28 @@ def _from_rest(
             "POLYGON_FLAT_FILES_KEY_ID and POLYGON_FLAT_FILES_SECRET for the whole market, name fewer "
             "POLYGON_TICKERS, or raise POLYGON_REST_REQUESTS_PER_MINUTE to what the plan allows."
         )
-    staging = _staging(sources, days)
     ledgers = read_ledgers(lake, days[-1]).ledgers
-    files, refused = _stage(tickers, days, sources, staging, market_time(ledgers, now), report)
-    asked_at = market_time(ledgers, min(_asked_at(file) for file in files))
-    with reference.Pages(files, [ticker for ticker in tickers if ticker not in refused], folder) as pages:
-        for day in days:
-            scratch = _new(folder, day)
-            made = scratch / "made.parquet"
-            pages.write(day, _until_ms(day, asked_at), made)
-            old = fetch_reference(lake, day, scratch)
-            info = reference.read_reference_info(old) if old else None
-            if old and info and (info.source == "flat_file" or reference.same_bars(old, made)):
-                # A flat file has the whole market, so a few tickers' answers are no replacement.
-                yield FetchedDay(day, old, info, is_new=False, refused=refused)
-                continue
-            yield FetchedDay(day, made, reference.read_reference_info(made), is_new=True, refused=refused)
-    shutil.rmtree(staging)
+    answers = StagedAnswers(lake, days, _new(folder, "answers"))
+    refused = _ask(tickers, days, sources, answers, market_time(ledgers, now), report)
+    served = [ticker for ticker in tickers if ticker not in refused]
+    asked_at = market_time(ledgers, min(answers.asked_at[ticker] for ticker in served))
+    try:
+        with reference.Pages(answers.files(), served, folder) as pages:
+            for day in days:
+                scratch = _new(folder, f"day-{day}")
+                made = scratch / "made.parquet"
+                pages.write(day, _until_ms(day, asked_at), made)
+                old = fetch_reference(lake, day, scratch)
+                info = reference.read_reference_info(old) if old else None
+                if old and info and (info.source == "flat_file" or reference.same_bars(old, made)):
+                    # A flat file has the whole market, so a few tickers' answers are no replacement.
+                    yield FetchedDay(day, old, info, is_new=False, refused=refused)
+                    continue
+                yield FetchedDay(day, made, reference.read_reference_info(made), is_new=True, refused=refused)
+    except reference.UnreadableReference:
+        answers.clear()  # or it would be read again, and again in vain
+        raise
+    answers.clear()
 
 
 def _spans(days: Sequence[date]) -> Iterator[list[date]]:
@@ -244,60 +245,57 @@ def _spans(days: Sequence[date]) -> Iterator[list[date]]:
         yield span
 
 
-def _stage(
+def _ask(
     tickers: Sequence[str],
     days: Sequence[date],
     sources: Sources,
-    staging: Path,
+    answers: StagedAnswers,
     now: datetime,
     report: Callable[[str], object],
-) -> tuple[list[Path], dict[str, str]]:
-    """Fetches every ticker's answers into a file of its own, unless an earlier run has; returns the files, and why
-    tickers have none.
+) -> dict[str, str]:
+    """Fetches the answers for every ticker, unless an earlier run has; returns why tickers have none.
 
     Answers that an earlier run got before the last day was over are not used: there is more by now.
     """
-    staging.mkdir(parents=True, exist_ok=True)
-    staged = {file.name.partition("@")[0]: file for file in staging.glob("*.jsonl")}
-    for name, file in list(staged.items()):
-        asked_at = _asked_at(file)
-        if now - asked_at > _STAGED_FOR or not _is_over(days[-1], min(asked_at, now)):
-            file.unlink()
-            del staged[name]
-    missing = [ticker for ticker in tickers if _name(ticker) not in staged]
-    if staged and missing:
-        report(f"{len(staged)} of {len(tickers)} tickers were fetched by an earlier run that was cut")
-    refused: dict[str, str] = {}
-    lines: dict[str, list[bytes]] = {}
-    first_asked: dict[str, datetime] = {}
+    answers.resume(lambda asked_at: now - asked_at <= _STAGED_FOR and _is_over(days[-1], min(asked_at, now)))
+    missing = [ticker for ticker in tickers if ticker not in answers.asked_at]
+    if not missing:
+        return {}
+    is_served = len(missing) < len(tickers)
+    if is_served:
+        report(f"{len(tickers) - len(missing)} of {len(tickers)} tickers were fetched by an earlier run that was cut")
     reported = time.monotonic()
 
     def use(page: Page) -> None:
         if page.refused:
             report(f"{page.ticker}: {len(page.refused)} bars are left out, such as {page.refused[0]}")
-        lines.setdefault(page.ticker, []).append(reference.page_line(page))
-        asked_at = first_asked.setdefault(page.ticker, page.fetched_at)
-        if page.is_last:
-            name = _name(page.ticker)
-            part = staging / f"{name}.part"
-            part.write_bytes(b"".join(lines.pop(page.ticker)))
-            staged[name] = part.rename(staging / f"{name}@{int(asked_at.timestamp() * 1000)}.jsonl")
+        answers.add(page)
+
+    def keep(at_once: bool = False) -> None:
+        try:
+            answers.keep(at_once)
+        except STORE_ERRORS as error:  # only a run that is cut would need it
+            report(f"the lake does not take what was fetched so far, asking on: {brief(error)}")
 
     def progress(done: int, total: int, seconds: float) -> None:
         nonlocal reported
+        keep()
         if done == total or time.monotonic() - reported >= _REPORT_EVERY_SECONDS:
             reported = time.monotonic()
             report(f"{days[0]} to {days[-1]}: {done} of {total} tickers fetched, about {duration(seconds)} left")
 
-    if missing:
-        pace = duration(seconds_left(0, len(missing), 0, sources.requests_per_second))
-        report(f"asking REST for {len(missing)} tickers from {days[0]} to {days[-1]}: {pace} at the plan's pace")
-        first, last = _range(days)
-        refused = sources.rest.fetch_many(missing, first, last, use, progress, is_served=bool(staged))
-        if refused:
-            named = "; ".join(f"{ticker}: {reason}" for ticker, reason in [*refused.items()][:_NAMED])
-            report(f"{len(refused)} of {len(tickers)} tickers are refused, and the others are used. {named}")
-    return [staged[_name(ticker)] for ticker in tickers if ticker not in refused], refused
+    pace = duration(seconds_left(0, len(missing), 0, sources.requests_per_second))
+    report(f"asking REST for {len(missing)} tickers from {days[0]} to {days[-1]}: {pace} at the plan's pace")
+    first, last = _range(days)
+    try:
+        refused = sources.rest.fetch_many(missing, first, last, use, progress, is_served)
+    except BaseException:
+        keep(at_once=True)
+        raise
+    if refused:
+        named = "; ".join(f"{ticker}: {reason}" for ticker, reason in [*refused.items()][:_NAMED])
+        report(f"{len(refused)} of {len(tickers)} tickers are refused, and the others are used. {named}")
+    return refused
 
 
 def _tickers(days: Sequence[date], sources: Sources) -> list[str]:
@@ -330,33 +328,15 @@ def _is_over(day: date, asked_at: datetime) -> bool:
     return found is None or found.post_close + settled_after() <= asked_at
 
 
-def _sweep(staging: Path) -> None:
-    """Removes the answers of runs that were cut and never went on."""
-    for folder in staging.glob("*_*"):
-        if time.time() - folder.stat().st_mtime > _SWEPT_AFTER.total_seconds():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _new(folder: Path, day: date) -> Path:
-    """An empty folder for a day; the one before is removed, so that a long range needs no more disk than a day."""
-    for old in folder.glob("day-*"):
+def _new(folder: Path, name: str) -> Path:
+    """An empty folder for a day, or for answers. The one before of its kind is removed, so that a long range needs no
+    more disk than one of each."""
+    kind = name.partition("-")[0]
+    for old in folder.glob(f"{kind}*"):
         shutil.rmtree(old)
-    made = folder / f"day-{day}"
+    made = folder / name
     made.mkdir()
     return made
-
-
-def _staging(sources: Sources, days: Sequence[date]) -> Path:
-    return sources.staging / f"{days[0]}_{days[-1]}"
-
-
-def _name(ticker: str) -> str:
-    return quote(ticker, safe="")
-
-
-def _asked_at(file: Path) -> datetime:
-    """When the first of a staged file's answers was asked for, which its name says."""
-    return datetime.fromtimestamp(int(file.stem.rpartition("@")[2]) / 1000, UTC)
 
 
 def duration(seconds: float) -> str:

@@ -49,7 +49,6 @@ class PolygonResource(dg.ConfigurableResource["PolygonResource"]):
                 flat_files=access.flat_files(wanted),
                 tickers=wanted.tickers,
                 requests_per_second=limit.per_second,
-                staging=wanted.journal_dir / ".history",
             )
 
 

@@ -39,6 +39,8 @@ _LISTING = re.compile(r"datasets/[^/]+/fetched=(\d{4}-\d\d-\d\d)/data\.parquet",
 
 _RAW = {Channel.MINUTE: "raw-data", Channel.SECOND: "raw-data-second"}
 
+# Answers of REST that wait for the others of their days (datasets.staged_answers).
+STAGING_ROOT = "history-staging/"
 
 # Where data is: everything but the lake's own marks.
 DATA_ROOTS = (*(f"{name}/" for name in _RAW.values()), "raw-frames/", "quarantine/", "ledger/", "datasets/")
@@ -117,6 +119,10 @@ def is_ledger_key(key: str) -> bool:
 def dataset_key(name: str, day: str) -> str:
     """`datasets/NAME/date=2026-01-26/data.parquet`. day: a partition key, YYYY-MM-DD."""
     return f"datasets/{name}/date={day}/data.parquet"
+
+
+def staging_prefix(first: date, last: date) -> str:
+    return f"{STAGING_ROOT}{first.isoformat()}_{last.isoformat()}/"
 
 
 def listing_key(name: str, fetched: date) -> str:

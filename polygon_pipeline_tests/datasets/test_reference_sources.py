@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
-import time
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.collector.collector import Collector
-from polygon_pipeline.datasets import reference_sources
+from polygon_pipeline.datasets import reference_sources, staged_answers
 from polygon_pipeline.datasets.catalog import REFERENCE_BARS, REFERENCE_DAILY_BARS
 from polygon_pipeline.datasets.coverage import Coverage, State
 from polygon_pipeline.datasets.inputs import fetch_raw, normalize_day
@@ -62,6 +64,7 @@ from polygon_pipeline_tests.support.collecting import plan
 from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.ledgers import ledger_of
 from polygon_pipeline_tests.support.nights import first_night
+from polygon_pipeline_tests.support.waiting import until
 
 WEEK = calendar.trading_days(date(2026, 1, 26), date(2026, 1, 30))
 LATER = datetime(2026, 3, 2, 12, tzinfo=UTC)
@@ -78,13 +81,12 @@ class Vendor:
 
     def __init__(self, folder: Path, server: HistoryServer) -> None:
         self.server = server
-        self.staging = folder / "staging"
         self._limit = RateLimit(folder / "limit", 100, 1.0)
 
     def sources(self, tickers: Sequence[str] = TICKERS, flat_files: Lake | None = None) -> Sources:
         rest = RestHistory(self.server.url, KEY, self._limit)
         store = flat_files.store if flat_files else None
-        return Sources(rest, store, tuple(tickers), self._limit.per_second, self.staging)
+        return Sources(rest, store, tuple(tickers), self._limit.per_second)
 
     @property
     def asked(self) -> list[str]:
@@ -184,15 +186,15 @@ def test_a_ticker_that_the_vendor_refuses_costs_only_itself(file_lake: Lake, tmp
         assert any("1 of 4 tickers are refused" in line and "AAPL" in line for line in said)
 
 
-def test_answers_of_a_run_that_never_went_on_are_removed_after_a_day(file_lake: Lake, tmp_path: Path) -> None:
+def test_answers_of_a_run_that_never_went_on_are_given_up_after_six_hours(file_lake: Lake, tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    for day, hours in ((date(2020, 1, 2), 7), (date(2020, 1, 6), 5)):
+        key = f"{layout.staging_prefix(day, day)}0000.jsonl.zst"
+        file_lake.put(key, b"answers")
+        os.utime(file_lake.local_root / key, (now.timestamp() - 3600 * hours,) * 2)
     with vendor(tmp_path) as vendor_:
-        for name, hours in (("2020-01-02_2020-01-03", 25), ("2020-01-06_2020-01-07", 23)):
-            folder = vendor_.staging / name
-            folder.mkdir(parents=True)
-            (folder / "SPY.part").write_bytes(b"")
-            os.utime(folder, (time.time() - 3600 * hours,) * 2)
-        fetched(file_lake, [DAY], vendor_.sources(), tmp_path)
-        assert [folder.name for folder in vendor_.staging.iterdir()] == ["2020-01-06_2020-01-07"]
+        fetched(file_lake, [DAY], vendor_.sources(), tmp_path, now)
+    assert staged(file_lake) == ["history-staging/2020-01-06_2020-01-06/0000.jsonl.zst"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "middle"])
@@ -213,19 +215,85 @@ def test_a_reference_on_the_lake_that_cannot_be_read_is_replaced_and_costs_no_ot
     assert bars_of(reference(file_lake, WEEK[1], tmp_path)) == truth(WEEK[1])
 
 
-def test_an_interrupted_run_is_continued_with_the_missing_tickers(file_lake: Lake, tmp_path: Path) -> None:
+def staged(lake: Lake) -> list[str]:
+    """The keys of the answers that wait on the lake."""
+    return [meta["path"] for page in lake.pages(layout.STAGING_ROOT) for meta in page if meta["size"]]
+
+
+def staged_tickers(lake: Lake) -> set[str]:
+    parts = [pa.CompressedInputStream(pa.BufferReader(lake.get(key)), "zstd").read() for key in staged(lake)]
+    return {msgspec.json.decode(line)["ticker"] for part in parts for line in part.splitlines()}
+
+
+def test_a_failed_run_is_continued_with_the_missing_tickers(lake: Lake, tmp_path: Path) -> None:
     faults = [RestFault(RestFaultType.NEXT_URL_OF_ANOTHER_HOST, path="/TCEHY/")]
     with vendor(tmp_path, faults=faults) as vendor_:
-        cut = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
+        cut = fetched(lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
         assert all(isinstance(result, UnfetchedDay) and isinstance(result.problem, HistoryRefused) for result in cut)
         asked = len(vendor_.asked)
-        results = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
+        results = fetched(lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
         again = vendor_.asked[asked:]
     assert all(isinstance(result, FetchedDay) for result in results)
     assert any("/TCEHY/" in path for path in again)
     assert len(again) < len(TICKERS)
+    assert bars_of(reference(lake, DAY, tmp_path)) == truth()
+    assert staged(lake) == []
+
+
+def fetch_and_keep_at_once(url: str, lake: Path, folder: Path) -> None:
+    staged_answers._KEEP_SECONDS = 0.0
+    sources = Sources(RestHistory(url, KEY, RateLimit(folder / "limit", 100, 1.0)), None, TICKERS, 100.0)
+    list(fetch_days(local_lake(lake), WEEK, sources, folder, datetime.now(UTC), lambda _: None))
+
+
+def test_a_fetch_whose_machine_is_lost_goes_on_where_it_was_on_another(file_lake: Lake, tmp_path: Path) -> None:
+    (tmp_path / "lost").mkdir()
+    hangs = RestFault(RestFaultType.SLOW, path="/TCEHY/", seconds=60)
+    with vendor(tmp_path, faults=[hangs]) as vendor_:
+        arguments = vendor_.server.url, file_lake.local_root, tmp_path / "lost"
+        lost = multiprocessing.get_context("spawn").Process(target=fetch_and_keep_at_once, args=arguments)
+        lost.start()
+        until(lambda: len(staged_tickers(file_lake)) == len(TICKERS) - 1, "the others' answers are on the lake", 60)
+        lost.kill()
+        lost.join()
+        shutil.rmtree(tmp_path / "lost")
+        asked = len(vendor_.asked)
+        results = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
+        assert ["/TCEHY/" in path for path in vendor_.asked[asked:]] == [True]
+    assert all(isinstance(result, FetchedDay) for result in results)
+    assert [bars_of(reference(file_lake, day, tmp_path)) for day in WEEK] == [truth(day) for day in WEEK]
+    assert staged(file_lake) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_answers_on_the_lake_that_cannot_be_read_are_asked_for_again(
+    file_lake: Lake, tmp_path: Path, damage: str
+) -> None:
+    key = f"{layout.staging_prefix(WEEK[0], WEEK[-1])}0000.jsonl.zst"
+    whole = archive.compress([reference_line("AAPL")])
+    file_lake.put(key, whole[:-4] if damage == "cut" else archive.compress([b"[]\n"]))
+    with vendor(tmp_path) as vendor_:
+        fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
+        assert len(vendor_.asked) == len(TICKERS)
     assert bars_of(reference(file_lake, DAY, tmp_path)) == truth()
-    assert not list(tmp_path.glob("staging/*"))
+    assert staged(file_lake) == []
+
+
+def reference_line(ticker: str) -> bytes:
+    return msgspec.json.encode({"ticker": ticker, "fetched_at": datetime.now(UTC), "bars": []}) + b"\n"
+
+
+def test_a_lake_that_takes_no_answers_for_a_while_ends_no_fetch(
+    file_lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged_answers, "_KEEP_SECONDS", 0.0)
+    root = file_lake.local_root / layout.STAGING_ROOT
+    root.write_bytes(b"")  # no folder can be made there
+    said: list[str] = []
+    with vendor(tmp_path) as vendor_:
+        results = list(fetch_days(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC), said.append))
+    assert all(isinstance(result, FetchedDay) for result in results)
+    assert any("does not take what was fetched so far" in line for line in said)
 
 
 def test_days_that_are_years_apart_are_requested_separately(file_lake: Lake, tmp_path: Path) -> None:
