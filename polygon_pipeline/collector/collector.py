@@ -46,7 +46,7 @@ from polygon_pipeline.collector.journal import (
     RecordType,
     leftovers,
 )
-from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Lease, live_run
+from polygon_pipeline.collector.lease import RENEW_SECONDS, CollectorStatus, Holding, Lease, live_run
 from polygon_pipeline.collector.publisher import Publisher
 from polygon_pipeline.collector.recovery import Recovered, belongs, recover
 from polygon_pipeline.collector.relay import Relay, RelayAccess
@@ -83,8 +83,8 @@ class Plan:
     run: a name that sorts by time. owner: who to ask about the run (Dagster's run id). topics: such as `AM.SPY`.
     quiet_limit: how many seconds a subscribed connection may bring no frame, now; None for any time. time_base: which
     time says what a connection covered (lake.ledger). standby: whether the run waits while another collects, and takes
-    over when that one is gone; it connects with the lease only, also where the lake is down. relay: where the stream is
-    shared; None for nowhere.
+    over when that one is gone; it connects with the lease only, also where the lake is down. was_lost: as in
+    Lease.acquire. relay: where the stream is shared; None for nowhere.
     """
 
     run: str
@@ -101,6 +101,7 @@ class Plan:
     quiet_limit: Callable[[], float | None] = lambda: None
     time_base: TimeBase = "processing"
     standby: bool = False
+    was_lost: Callable[[Holding], bool] = lambda _: False
     relay: RelayAccess | None = None
 
 
@@ -382,7 +383,8 @@ class _Run:
             self._persist(lambda: self._lake.claim(self._plan.feed))
             # Whose journal is locked here has no process any more, so its lease need not run out.
             ended = {journal.header.run for journal in self._leftovers}
-            self._persist(lambda: self._lease.acquire(self._wait_for_lease, ended, self._plan.standby))
+            plan = self._plan
+            self._persist(lambda: self._lease.acquire(self._wait_for_lease, ended, plan.standby, plan.was_lost))
             self._persist(self._continue_after_earlier_runs)
             # From here on the lake knows of the run, even if its machine is lost before anything is published.
             self._persist(lambda: self._publisher.put_ledger(complete=False))

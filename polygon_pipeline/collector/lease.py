@@ -8,7 +8,7 @@ a local lake an OS lock beside it excludes others, and ends with the process. A 
 the store is down is not lost: it is lost when another has taken it.
 
 Another's lease is judged by the renewals that are seen, on one's own clock (Watch): wall clocks differ between
-machines.
+machines. Who has seen one for long enough may tell another, which sees that it is still the same.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ RENEW_SECONDS = 15.0
 # Who takes a lease over waits this much longer than it lasts: clocks run differently fast, and a renewal takes time.
 TOLERANCE = timedelta(seconds=15)
 _TRIES = 5
+# A holder that is only cut off from the store learns from Dagster that its run was ended, and closes its stream.
+_LEARNS_OF_ITS_END = timedelta(seconds=10)
 # How often who waits for a lease looks at it.
 _LOOK_SECONDS = 2.0
 
@@ -153,11 +155,16 @@ class Lease:
         return None if self._confirmed is None else self._clock() - self._confirmed
 
     def acquire(
-        self, wait: Callable[[float], None] = time.sleep, ended: Collection[str] = (), standby: bool = False
+        self,
+        wait: Callable[[float], None] = time.sleep,
+        ended: Collection[str] = (),
+        standby: bool = False,
+        was_lost: Callable[[Holding], bool] = lambda _: False,
     ) -> None:
         """Takes the lease. Raises LeaseHeld where the holder is seen to be alive, and waits until that is clear.
 
         ended: runs that are known to be over, whatever their lease says. standby: a holder that is alive is waited for.
+        was_lost: whether the holder's run was ended because this very renewal was seen to be its last.
         """
         if not self._lake.is_s3:
             self._acquire_lock(wait if standby else None)
@@ -168,12 +175,14 @@ class Lease:
         while True:
             holding, self._etag = self._read()
             mine = holding is not None and holding.run == self._run  # taken before, but the answer was lost
+            unchanged = watch.unchanged("", holding)
             if (
                 holding is None
                 or mine
                 or holding.released
                 or holding.run in ended
-                or watch.unchanged("", holding) > TTL + TOLERANCE
+                or unchanged > TTL + TOLERANCE
+                or (unchanged > _LEARNS_OF_ITS_END and was_lost(holding))
             ):
                 with contextlib.suppress(LeaseLost):  # another was quicker: look at it
                     self.renew(CollectorStatus())

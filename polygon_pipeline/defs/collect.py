@@ -12,7 +12,9 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, date, datetime
+from functools import partial
 
 import dagster as dg
 from pydantic import BaseModel, Field, ValidationError
@@ -35,6 +37,7 @@ from polygon_pipeline.defs.supervision import (
     note_termination,
     orphan_watch,
     report_canceling,
+    was_lost,
 )
 from polygon_pipeline.lake.errors import LakeError, NoCredentials
 from polygon_pipeline.lake.lag import Lateness, revisions_came
@@ -134,7 +137,9 @@ def collect_aggregates(context: dg.OpExecutionContext, polygon: PolygonResource,
                 lambda: _ORPHANED if is_orphan() else None,
             )
             log, reports = PatientLog(context.log), Reports(context.log_event)
-            plan = _plan(context.run_id, wanted, config, day, url)
+            plan = replace(
+                _plan(context.run_id, wanted, config, day, url), was_lost=partial(was_lost, context.instance)
+            )
             if plan.standby:
                 context.instance.add_run_tags(context.run_id, {STANDBY_TAG: "yes"})
             collector = Collector(opened, plan, log)

@@ -21,12 +21,14 @@ from typing import Any, Self
 import dagster as dg
 
 from polygon_pipeline.collector.launching import why_lost
-from polygon_pipeline.collector.lease import Watch, read_lease, this_machine
+from polygon_pipeline.collector.lease import Holding, Watch, read_lease, this_machine
 from polygon_pipeline.lake.store import Lake
 
 STOPPED_TAG = "polygon_pipeline/stopped_by"
 TERMINATED_BY_HAND = "terminate"
 LOST = "death"
+# Of a lost run: the last renewal of its lease, so that its successor need not watch the lease for itself.
+LAST_RENEWAL_TAG = "polygon_pipeline/last_renewal"
 # A run that waits while another machine collects has no lease, and is not lost for that.
 STANDBY_TAG = "polygon_pipeline/standby"
 
@@ -185,10 +187,21 @@ def fail_lost_collectors(
             message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."
             log.warning(f"run {run.run_id}: {message}")
             by_hand = run.status is dg.DagsterRunStatus.CANCELING
-            instance.add_run_tags(run.run_id, {STOPPED_TAG: TERMINATED_BY_HAND if by_hand else LOST})
+            seen = {LAST_RENEWAL_TAG: own.renewed_at.isoformat()} if own else {}
+            instance.add_run_tags(run.run_id, {STOPPED_TAG: TERMINATED_BY_HAND if by_hand else LOST, **seen})
             instance.report_run_failed(run, message)
             failed += 1
     return failed
+
+
+def was_lost(instance: dg.DagsterInstance, holding: Holding) -> bool:
+    """Whether fail_lost_collectors() has ended the run that holds the lease, and the lease is as it was then."""
+    try:
+        run = instance.get_run_by_id(holding.owner)
+    except Exception as error:  # noqa: BLE001 a storage that is away says nothing about the run
+        _TERMINAL.warning(f"Dagster's storage is away, so it is not known whether run {holding.run} is lost: {error}")
+        return False
+    return run is not None and run.tags.get(LAST_RENEWAL_TAG) == holding.renewed_at.isoformat()
 
 
 def fail_killed_runs(instance: dg.DagsterInstance, but: str, log: logging.Logger) -> int:

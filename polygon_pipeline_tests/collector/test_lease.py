@@ -118,6 +118,28 @@ def test_a_lease_that_is_seen_not_to_be_renewed_is_taken_over_and_its_holder_fin
         second.release()
 
 
+def test_the_lease_of_a_run_that_was_ended_for_its_silence_is_taken_over_as_soon_as_the_run_can_know_it(
+    s3_lake: Lake,
+) -> None:
+    clock, held = Clock(), holding("run-1")
+    _put(s3_lake, held)
+    _lease(s3_lake, "run-2", clock).acquire(clock.wait, was_lost=lambda found: found == held)
+    assert _holder(s3_lake) == "run-2"
+    assert 10 < clock.now - 1000 < 15
+
+
+def test_a_run_that_was_ended_for_its_silence_and_renews_again_is_alive(s3_lake: Lake) -> None:
+    clock, held = Clock(), holding("run-1")
+    _put(s3_lake, held)
+
+    def wait(seconds: float) -> None:
+        clock.wait(seconds)
+        _put(s3_lake, msgspec.structs.replace(held, renewed_at=held.renewed_at + timedelta(seconds=15)))
+
+    with pytest.raises(LeaseHeld, match="run run-1"):
+        _lease(s3_lake, "run-2", clock).acquire(wait, was_lost=lambda found: found == held)
+
+
 def test_a_standby_waits_for_as_long_as_the_holder_renews_and_takes_over_80_s_after_it_stopped(s3_lake: Lake) -> None:
     clock, held, stops = Clock(), holding("run-1"), 1000 + 3600
 

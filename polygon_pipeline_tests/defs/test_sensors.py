@@ -11,13 +11,14 @@ import msgspec
 import pytest
 from dagster_aws.s3 import S3Resource
 
-from polygon_pipeline.collector.lease import Watch, this_machine
+from polygon_pipeline.collector.lease import Watch, read_lease, this_machine
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs import collect, sensors, supervision
 from polygon_pipeline.defs.resources import LakeResource, PolygonResource
 from polygon_pipeline.lake import layout
 from polygon_pipeline.market import calendar
 from polygon_pipeline.settings import ConfigurationError
+from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.leases import ELSEWHERE, Clock, holding
 
 
@@ -126,6 +127,11 @@ def test_a_run_whose_lease_is_not_renewed_is_reported_failed_and_the_next_attemp
     lost = instance.get_run_by_id(run.run_id)
     assert lost is not None
     assert lost.status is dg.DagsterRunStatus.FAILURE
+    lease = read_lease(local_lake(lake_dir))
+    assert lease
+    assert supervision.was_lost(instance, lease), "its successor need not wait for so long again"
+    renewed = msgspec.structs.replace(lease, renewed_at=lease.renewed_at + timedelta(seconds=1))
+    assert not supervision.was_lost(instance, renewed), "it was only cut off, and is back"
     request = _tick(instance)
     assert isinstance(request, dg.RunRequest)
     assert request.run_key == f"simulated-{day}-2"
