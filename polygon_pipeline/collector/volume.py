@@ -45,6 +45,8 @@ def lock_problem(folder: Path, mounts: str | None = None) -> str | None:
     name = kind.removeprefix("fuse.")
     if name in _OBJECT_STORES:
         return f"{name} is an object store without locks and without synced appends: name a disk or an NFS volume"
+    if name == "sshfs":
+        return "sshfs keeps locks on the machine that takes them: name a disk, or an NFS or GlusterFS volume"
     if wrong := sorted(options & _LOCAL_LOCKS.get(kind, set())):
         named = ", ".join(wrong)
         return f"{kind} is mounted with {named}, so that its locks do not reach other machines: mount it without"

@@ -24,7 +24,8 @@ _ROOT = "22 1 254:0 / / rw,relatime - ext4 /dev/vda1 rw"
         ("cifs //server/x rw,nobrl", "nobrl"),
         ("cifs //server/x rw", None),
         ("fuse.mountpoint-s3 mountpoint-s3 rw,user_id=0", "object store"),
-        ("fuse.sshfs host:/x rw", None),
+        ("fuse.sshfs host:/x rw", "sshfs"),
+        ("fuse.glusterfs server:volume rw,user_id=0", None),
         ("broken", None),
     ],
 )
