@@ -177,11 +177,12 @@ def fail_lost_collectors(
         run = record.dagster_run
         own = lease if lease is not None and lease.owner == run.run_id else None
         cause = why_lost(own, watch.unchanged(run.run_id, own))
+        lives = _process_lives(instance, record)
         if own and own.machine == this_machine() and not _is_alive(own.pid, record.start_time or 0.0):
             cause = f"its process {own.pid} is gone"
-        elif _process_lives(instance, record):
+        elif lives:
             continue  # it may be without a lease because its store is away
-        elif own is None and STANDBY_TAG in run.tags:
+        elif lives is None and own is None and STANDBY_TAG in run.tags:
             continue
         if cause:
             message = f"The collector is gone: {cause}. What it received waits in its journal for the next attempt."

@@ -198,6 +198,17 @@ def test_a_standby_that_waits_without_a_lease_is_not_lost_and_one_that_took_over
     assert any("1" in said for said in _look_for(2, clock, instance))
 
 
+def test_a_run_that_stood_by_is_lost_where_its_process_is_gone_and_another_machine_has_the_lease(
+    instance: dg.DagsterInstance, lake_dir: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that comes back: else what lies on its disk would wait for that run for ever."""
+    run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
+    instance.add_run_tags(run.run_id, {supervision.STANDBY_TAG: "yes"})
+    monkeypatch.setattr(supervision, "_process_lives", lambda *_: False)
+    assert any("1" in said for said in _look_for(5, clock, instance))
+    assert isinstance(_tick(instance), dg.RunRequest)
+
+
 @pytest.mark.parametrize("how", ["monitored", "killed", "queued"])
 def test_a_run_terminated_by_hand_is_not_started_again_however_its_end_comes(
     how: str, instance: dg.DagsterInstance, lake_dir: Path, clock: Clock
