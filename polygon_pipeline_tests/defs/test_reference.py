@@ -13,12 +13,13 @@ import pytest
 from massive import RESTClient  # type: ignore[import-untyped, unused-ignore]
 
 from polygon_pipeline.datasets.catalog import DERIVED
+from polygon_pipeline.datasets.day_state import DayState
 from polygon_pipeline.definitions import build_defs
 from polygon_pipeline.defs.partitions import Project
-from polygon_pipeline.defs.reference import reference_assets, repair_sensor
+from polygon_pipeline.defs.reference import reference_assets, repair_sensor, reported_status
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.dataset_files import fetch_dataset
-from polygon_pipeline.lake.ledger import Account, Gap, encode_ledger
+from polygon_pipeline.lake.ledger import SESSION_OVER, Account, Connection, Gap, encode_ledger
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.simulator.rest_server import HistoryServer, RestFault, RestFaultType
 from polygon_pipeline.simulator.synthetic import SyntheticMarket
@@ -197,6 +198,43 @@ def test_a_gap_requests_the_days_history_after_growing_pauses_until_it_is_materi
         assert f"asked again: {DAYS[0]} from" in (waits.skip_message or "")
         materialize(instance, ["reference_bars", "reference_daily_bars"], DAYS[0])
         assert isinstance(_sense(instance), dg.SkipReason)
+
+
+@pytest.mark.slow
+def test_what_a_machine_lost_with_its_disk_is_asked_for_until_the_day_is_final(
+    lake_of_history: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ledger never gets an end. Another machine's run has collected the rest."""
+    day = date.fromisoformat(DAYS[0])
+
+    def at(clock: str) -> datetime:
+        return datetime.fromisoformat(f"{day}T{clock}").replace(tzinfo=UTC)
+
+    lost = Account(connections=[Connection(at("08:59:50"))], last_received_at=at("15:00:04"))
+    rest = Account(
+        connections=[Connection(at("15:04:10"), at("23:59:50") + timedelta(minutes=80), SESSION_OVER)],
+        ended_by=SESSION_OVER,
+    )
+    for run, account in {"lost": lost, "rest": rest}.items():
+        ledger = ledger_of(account, run=run, complete=run == "rest", write_objects=False)
+        lake_of_history.put(layout.ledger_key(day, run), encode_ledger(ledger))
+    with dg.DagsterInstance.ephemeral() as instance, vendor(monkeypatch):
+        instance.report_runless_asset_event(dg.AssetMaterialization("raw_bars", partition=DAYS[0]))
+        before = reported_status(instance, lake_of_history, day, datetime.now(UTC))
+        assert before == (DayState.PARTIAL, "not known, New York: 09:59-10:03", True)
+        asked: list[list[str]] = []
+        while isinstance(found := _sense(instance), dg.SensorResult) and len(asked) < 5:
+            [request] = found.run_requests or []
+            asked.append([key.to_user_string() for key in request.asset_selection or []])
+            assert request.partition_key
+            assert materialize(instance, asked[-1], request.partition_key).success
+        assert asked == [["reference_bars"], ["reference_daily_bars"]]
+        assert reported_status(instance, lake_of_history, day, datetime.now(UTC)).state is DayState.FINAL
+        made = materialize(instance, ["normalized_bars", "daily_bars"], DAYS[0])
+        checks = {check.check_name: check.passed for check in made.get_asset_check_evaluations()}
+        assert checks["ledger_balances"], "though an account has no end"
+        assert all(checks.values())
+        assert latest_metadata(instance, "daily_bars", DAYS[0])["day_state"] == "final"
 
 
 def test_a_lake_that_cannot_be_read_is_waited_for(lake_of_history: Lake) -> None:
