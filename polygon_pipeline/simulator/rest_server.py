@@ -1,4 +1,4 @@
-"""The vendor's REST API, served on loopback: a market's final bars and what is listed of it, with faults on request.
+"""The vendor's REST API, served over HTTP: a market's final bars and what is listed of it, with faults on request.
 
 Belongs here: the routes, their errors and limits, and the faults of this API. Does not belong here: making bars
 (synthetic) and lists (corporate_actions), flat files, and any code that reads the API: if server and client shared
@@ -156,11 +156,12 @@ class HistoryServer:
 
     history: the source of the bars, called again for every page. key: the only API key to accept; None accepts any key
     except an empty one. It must be sent as `Authorization: Bearer`: the vendor also accepts it in the query, but our
-    client must never put it into a URL, so here that fails. port: 0 picks a free one. clock: the current time in Unix
-    ms; only bars that have ended by then are served. None serves all bars. requests_per_minute: None means no limit.
-    minute_seconds: the length of the rate limit's minute; tests make it shorter. faults: the faults to inject; the
-    first that is due is applied to a request. seed: for faults with a rate. listings: splits, dividends and tickers;
-    None does not serve them. daily_changes: in what the vendor's days differ from what their minutes give.
+    client must never put it into a URL, so here that fails. host: whose address it serves on, this machine's loopback
+    or that of a test's own network. port: 0 picks a free one. clock: the current time in Unix ms; only bars that have
+    ended by then are served. None serves all bars. requests_per_minute: None means no limit. minute_seconds: the length
+    of the rate limit's minute; tests make it shorter. faults: the faults to inject; the first that is due is applied to
+    a request. seed: for faults with a rate. listings: splits, dividends and tickers; None does not serve them.
+    daily_changes: in what the vendor's days differ from what their minutes give.
 
     An error in the server itself is answered with status 500, and is raised by stop().
     """
@@ -170,6 +171,7 @@ class HistoryServer:
         history: History,
         *,
         key: str | None = None,
+        host: str = "127.0.0.1",
         port: int = 0,
         clock: Callable[[], int] | None = None,
         requests_per_minute: int | None = None,
@@ -183,6 +185,7 @@ class HistoryServer:
         self._listings = listings
         self._daily_changes = daily_changes
         self._key = key
+        self._host = host
         self.port = port
         self._clock = clock
         self._limit = requests_per_minute
@@ -202,10 +205,10 @@ class HistoryServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._host}:{self.port}"
 
     def __enter__(self) -> Self:
-        self._server = _Server(("127.0.0.1", self.port), _Handler)
+        self._server = _Server((self._host, self.port), _Handler)
         self._server.respond = self._respond
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.01,), name="simulated-history", daemon=True).start()
