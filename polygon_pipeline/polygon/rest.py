@@ -222,14 +222,14 @@ class RestHistory:
         return self._pages(ticker, first, last, threading.Event())
 
     def traded_tickers(self, day: date) -> list[str]:
-        """The tickers that have a daily bar, sorted; empty where the vendor has none for that day."""
+        """The tickers that have a daily bar, sorted, those over the counter too, as the stream of the whole market has
+        them; empty where the vendor has none for that day."""
         _, _, rows = self._ask(self._grouped(day), _decode_traded, threading.Event())
         return sorted({row.ticker for row in rows if not ticker_error(row.ticker)})
 
     def daily_bars(self, day: date) -> DayAnswer:
         """The whole market's unadjusted bars of a day, over the counter too; none where the vendor has none yet."""
-        url = f"{self._grouped(day)}&include_otc=true"
-        fetched_at, _, (content, refused) = self._ask(url, _sound_days, threading.Event())
+        fetched_at, _, (content, refused) = self._ask(self._grouped(day), _sound_days, threading.Event())
         bars: list[DailyBar] = []
         for bar in _sound_days.all(content):
             if error := ticker_error(bar.ticker):
@@ -239,7 +239,7 @@ class RestHistory:
         return DayAnswer(fetched_at, bars, tuple(self._safe(why) for why in refused))
 
     def _grouped(self, day: date) -> str:
-        return f"{self._url}/v2/aggs/grouped/locale/us/market/stocks/{day}?adjusted=false"
+        return f"{self._url}/v2/aggs/grouped/locale/us/market/stocks/{day}?adjusted=false&include_otc=true"
 
     def fetch_many(
         self,

@@ -314,12 +314,13 @@ def test_a_request_asks_for_a_month_at_the_most(file_lake: Lake, tmp_path: Path)
     assert asked == [[run[0], run[20]], [run[-1], run[-1]]]
 
 
-def test_the_whole_market_by_rest_is_every_ticker_that_traded(file_lake: Lake, tmp_path: Path) -> None:
+def test_the_whole_market_by_rest_is_every_ticker_that_traded_over_the_counter_too(
+    file_lake: Lake, tmp_path: Path
+) -> None:
     with vendor(tmp_path) as vendor_:
         [result] = fetched(file_lake, [DAY], vendor_.sources(("*",)), tmp_path)
     assert isinstance(result, FetchedDay)
-    # The grouped bars leave out what trades over the counter.
-    assert set(result.info.tickers or ()) == set(TICKERS) - {"TCEHY"}
+    assert set(result.info.tickers or ()) == set(TICKERS)
 
 
 def test_more_tickers_than_the_plan_can_fetch_in_time_are_refused_and_the_error_names_flat_files(

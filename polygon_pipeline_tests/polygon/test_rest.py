@@ -136,7 +136,7 @@ def test_the_tickers_of_a_day_are_those_with_a_daily_bar(server: PlannedServer, 
         answer(rest_bar(T="SPY"), rest_bar(T="KIMpL"), rest_bar(T="BRK.B"), rest_bar(T="A/B"), rest_bar(T="SPY"))
     ]
     assert history.traded_tickers(DAY) == ["BRK.B", "KIMpL", "SPY"]
-    assert server.paths == [f"{GROUPED}?adjusted=false"]
+    assert server.paths == [f"{GROUPED}?adjusted=false&include_otc=true"]
 
 
 def test_a_day_without_daily_bars_has_no_tickers(server: PlannedServer, history: RestHistory) -> None:
