@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, timedelta
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -36,7 +36,7 @@ class _Line(msgspec.Struct):
     """What is read of a line of reference.page_line."""
 
     ticker: str
-    fetched_at: datetime
+    fetched_at: Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class StagedAnswers:
@@ -139,6 +139,6 @@ def _asked_at(part: Path) -> dict[str, datetime]:
             *lines, rest = (rest + chunk).split(b"\n")
             for line in map(decode, lines):
                 found.setdefault(line.ticker, line.fetched_at)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found

@@ -265,13 +265,21 @@ def test_a_fetch_whose_machine_is_lost_goes_on_where_it_was_on_another(file_lake
     assert staged(file_lake) == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "no object", "no zone", "deep"])
 def test_answers_on_the_lake_that_cannot_be_read_are_asked_for_again(
     file_lake: Lake, tmp_path: Path, damage: str
 ) -> None:
-    key = f"{layout.staging_prefix(WEEK[0], WEEK[-1])}0000.jsonl.zst"
-    whole = archive.compress([reference_line("AAPL")])
-    file_lake.put(key, whole[:-4] if damage == "cut" else archive.compress([b"[]\n"]))
+    now = datetime.now(UTC).isoformat()
+    line = {
+        "cut": reference_line(now),
+        "no object": b"[]",
+        "no zone": reference_line(now[:19]),
+        "deep": reference_line(now, b"[" * 10_000 + b"]" * 10_000),
+    }[damage]
+    content = archive.compress([line + b"\n"])
+    file_lake.put(
+        f"{layout.staging_prefix(WEEK[0], WEEK[-1])}0000.jsonl.zst", content[: -4 if damage == "cut" else None]
+    )
     with vendor(tmp_path) as vendor_:
         fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
         assert len(vendor_.asked) == len(TICKERS)
@@ -279,8 +287,19 @@ def test_answers_on_the_lake_that_cannot_be_read_are_asked_for_again(
     assert staged(file_lake) == []
 
 
-def reference_line(ticker: str) -> bytes:
-    return msgspec.json.encode({"ticker": ticker, "fetched_at": datetime.now(UTC), "bars": []}) + b"\n"
+def test_answers_on_the_lake_whose_bars_cannot_be_read_fail_one_attempt_alone(file_lake: Lake, tmp_path: Path) -> None:
+    line = reference_line(datetime.now(UTC).isoformat(), b'[{"t": "noon"}]')
+    file_lake.put(f"{layout.staging_prefix(WEEK[0], WEEK[-1])}0000.jsonl.zst", archive.compress([line + b"\n"]))
+    with vendor(tmp_path) as vendor_:
+        failed = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
+        again = fetched(file_lake, WEEK, vendor_.sources(), tmp_path, datetime.now(UTC))
+    assert all(isinstance(result, UnfetchedDay) for result in failed)
+    assert all(isinstance(result, FetchedDay) for result in again)
+    assert bars_of(reference(file_lake, DAY, tmp_path)) == truth()
+
+
+def reference_line(fetched_at: str, bars: bytes = b"[]") -> bytes:
+    return msgspec.json.encode({"ticker": "AAPL", "fetched_at": fetched_at, "bars": msgspec.Raw(bars)})
 
 
 def test_a_lake_that_takes_no_answers_for_a_while_ends_no_fetch(
