@@ -56,6 +56,12 @@ class WebUI(DagsterDev):
         found = self._ask(f"{{ runsOrError{wanted} {{ ... on Runs {{ results {{ status }} }} }} }}")
         return [run["status"] for run in found["runsOrError"]["results"]]
 
+    def check_history(self, asset: str, check: str) -> list[str]:
+        """How a check went where it was made, newest first."""
+        asked = f'assetCheckExecutions(assetKey: {{ path: ["{asset}"] }}, checkName: "{check}", limit: 100)'
+        found = [execution["status"] for execution in self._ask(f"{{ {asked} {{ status }} }}")["assetCheckExecutions"]]
+        return [status for status in found if status in ("SUCCEEDED", "FAILED")]
+
     def launch(self, job: str, config: str = "{}") -> str:
         """As the launchpad does it; returns the run's id."""
         selector = (

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -27,7 +26,7 @@ from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
 from polygon_pipeline_tests.cluster.cluster import COLLECTOR, Cluster
-from polygon_pipeline_tests.cluster.machines import EXCHANGE, S3, Machine, make_network, remove_network
+from polygon_pipeline_tests.cluster.machines import EXCHANGE, S3, Machine
 from polygon_pipeline_tests.support.archives import archived_lines
 from polygon_pipeline_tests.support.history import put_history
 from polygon_pipeline_tests.support.lakes import local_lake
@@ -36,8 +35,8 @@ from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
 
 _DATASETS = [dataset.name for dataset in FOLLOWING if dataset.channel is Channel.MINUTE and not dataset.required]
-_SPEED = 48.0  # a session takes 20 minutes
-_VARIABLES = {
+SPEED = 48.0  # a session takes 20 minutes
+VARIABLES = {
     "POLYGON_API_KEY": "simulator",
     "POLYGON_TICKERS": ",".join(WATCH_LIST),
     "FAST_DEMO_SESSIONS": "1",
@@ -60,24 +59,6 @@ class WatchedExchange(Exchange):
         super()._register(connection)
 
 
-@pytest.fixture
-def network() -> Iterator[None]:
-    assert os.geteuid() == 0, "namespaces need root: make cluster"
-    make_network()
-    yield
-    remove_network()
-
-
-@pytest.fixture
-def s3(network: None, tmp_path: Path) -> Iterator[SeaweedFS]:
-    server = SeaweedFS(tmp_path / "s3", S3)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-
-
 @pytest.mark.timeout(1800)
 def test_a_session_survives_whatever_happens_to_the_cluster(
     tmp_path: Path, s3: SeaweedFS, say: Callable[[str], None]
@@ -87,10 +68,10 @@ def test_a_session_survives_whatever_happens_to_the_cluster(
     with ExitStack() as ending:
         exchange = ending.enter_context(
             WatchedExchange(
-                SyntheticFeed(market, day, [Channel.MINUTE]), speed=_SPEED, key="simulator", host=EXCHANGE, record=True
+                SyntheticFeed(market, day, [Channel.MINUTE]), speed=SPEED, key="simulator", host=EXCHANGE, record=True
             )
         )
-        cluster = Cluster(tmp_path, s3, {**_VARIABLES, "CLUSTER_EXCHANGE": exchange.url}, days_per_run=5)
+        cluster = Cluster(tmp_path, s3, {**VARIABLES, "CLUSTER_EXCHANGE": exchange.url}, days_per_run=5)
         ending.callback(cluster.close)
         cluster.start()
         story = Story(cluster, exchange, say)
@@ -169,7 +150,7 @@ def test_a_session_survives_whatever_happens_to_the_cluster(
                 if other is not machine:
                     cluster.start_workers(other, datasets=False)
         cluster.over.touch()
-        story.until(lambda: _state(cluster.lake, day) == "final", "the day is final", 400)
+        story.until(lambda: day_state(cluster.lake, day) == "final", "the day is final", 400)
         story.ends(day)
         assert exchange.still_open == [], "never two streams"
 
@@ -181,10 +162,8 @@ def test_a_collector_that_is_terminated_while_redis_is_away_ends_and_stays_ended
     [day] = completed_sessions(datetime.now(UTC), 1)
     feed = SyntheticFeed(SyntheticMarket(WATCH_LIST), day, [Channel.MINUTE])
     with ExitStack() as ending:
-        exchange = ending.enter_context(
-            WatchedExchange(feed, speed=_SPEED, key="simulator", host=EXCHANGE, record=True)
-        )
-        cluster = Cluster(tmp_path, s3, {**_VARIABLES, "CLUSTER_EXCHANGE": exchange.url}, days_per_run=5)
+        exchange = ending.enter_context(WatchedExchange(feed, speed=SPEED, key="simulator", host=EXCHANGE, record=True))
+        cluster = Cluster(tmp_path, s3, {**VARIABLES, "CLUSTER_EXCHANGE": exchange.url}, days_per_run=5)
         ending.callback(cluster.close)
         cluster.start()
         story = Story(cluster, exchange, say)
@@ -208,7 +187,7 @@ def test_a_backfill_over_two_machines_of_which_one_is_lost_makes_what_one_machin
     assert len(days) == 30
     began = time.monotonic()
     with ExitStack() as ending:
-        start = {**_VARIABLES, "POLYGON_HISTORY_START": "2026-01-02", "CLUSTER_EXCHANGE": f"ws://{EXCHANGE}:1/stocks"}
+        start = {**VARIABLES, "POLYGON_HISTORY_START": "2026-01-02", "CLUSTER_EXCHANGE": f"ws://{EXCHANGE}:1/stocks"}
         cluster = Cluster(tmp_path, s3, start, days_per_run=3)
         ending.callback(cluster.close)
         cluster.over.touch()  # nothing is collected
@@ -270,11 +249,11 @@ class Story:
 
     def begins(self, what: str) -> None:
         self._began = time.monotonic()
-        self._tell(what)
+        self.tells(what)
 
     def until(self, condition: Callable[[], Any], what: str, seconds: float = 180) -> None:
         until(condition, what, seconds, 0.5)
-        self._tell(f"{what}, after {time.monotonic() - self._began:.0f} s")
+        self.tells(f"{what}, after {time.monotonic() - self._began:.0f} s")
 
     def collects(self, after: Holding | None, what: str, seconds: float = 240) -> Holding:
         """Waits until another run than this holds the lease and its bars arrive."""
@@ -286,7 +265,7 @@ class Story:
             return lease
 
         found = until(other, what, seconds, 0.5)
-        self._tell(f"{what}, after {time.monotonic() - self._began:.0f} s")
+        self.tells(f"{what}, after {time.monotonic() - self._began:.0f} s")
         self.last = found
         return found
 
@@ -314,24 +293,24 @@ class Story:
         archived = {bytes(line.content) for line in archived_lines(lake, day) if line.is_frame}
         received = [frame for served in self._exchange.served for frame in served.frames[: served.acknowledged]]
         lost = [frame for frame in received if frame.payload not in archived]
-        self._tell(
-            f"{len(self._cluster.ui.statuses('collect_aggregates'))} runs, {len(self._exchange.served)} streams, "
+        self.tells(
+            f"{len(ledgers)} runs, {len(self._exchange.served)} streams, "
             f"{sum(len(frame.bars) for frame in received)} bars received, "
-            f"{sum(len(frame.bars) for frame in lost)} lost, {_state(lake, day)}"
+            f"{sum(len(frame.bars) for frame in lost)} lost, {day_state(lake, day)}"
         )
         for ledger in ledgers:
-            self._tell(
+            self.tells(
                 f"ledger {ledger.run}: complete {ledger.complete}, {ledger.account.bars} bars {ledger.imbalance}"
             )
         assert lost == []
         assert all(ledger.complete and not ledger.imbalance for ledger in ledgers)
 
-    def _tell(self, text: str) -> None:
+    def tells(self, text: str) -> None:
         print(f"{datetime.now(UTC):%H:%M:%S} {text}", flush=True)
         self._say(text)
 
 
-def _state(lake: Lake, day: date) -> str | None:
+def day_state(lake: Lake, day: date) -> str | None:
     """What the daily bars say of a day; None while there are none."""
     content = lake.get(layout.dataset_key(DAILY_BARS.name, day.isoformat()))
     return None if content is None else str(pq.read_table(pa.BufferReader(content))["day_state"][0].as_py())
