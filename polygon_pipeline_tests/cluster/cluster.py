@@ -1,4 +1,4 @@
-"""Dagster on several machines, as deploy/celery says: web server, daemon and code server on one, workers on others.
+"""Dagster on several machines: one as deploy/celery says, with workers on others, or one of its own on each.
 
 Belongs here: what runs where, and with which environment. Does not belong here: what is to happen to it (scenarios).
 """
@@ -25,6 +25,7 @@ from polygon_pipeline_tests.support.waiting import until
 
 _ROOT = Path(__file__).parents[2]
 _CELERY = _ROOT / "deploy" / "celery"
+_LOCAL = _ROOT / "deploy" / "local"
 _BIN = Path(sys.executable).parent
 _DEFINITIONS = "polygon_pipeline_tests.cluster.definitions"
 
@@ -130,25 +131,16 @@ class Cluster:
     def environment(self, machine: Machine) -> dict[str, str]:
         """The same everywhere but for the machine's own folders."""
         return {
-            "PATH": f"{_BIN}:{os.environ['PATH']}",
+            **_environment(machine, self.lake, self.s3),
             "PYTHONPATH": f"{_ROOT}:{_CELERY}",
-            "HOME": str(machine.folder),
-            "DAGSTER_HOME": str(machine.folder / "home"),
             "DAGSTER_POSTGRES_URL": self.postgres.url,
             "CELERY_BROKER_URL": self.redis.url,
             "COMPUTE_LOGS_BUCKET": self._logs,
-            "LAKE_URI": self.lake.uri,
-            "JOURNAL_DIR": str(machine.folder / "journal"),
-            "ALLOW_PLAINTEXT_HOSTS": f"{S3},{REDIS},{EXCHANGE}",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            **self.s3.address.environment(),
             **self._variables,
         }
 
     def _install(self, machine: Machine) -> None:
-        home = machine.folder / "home"
-        home.mkdir(parents=True)
-        shutil.copy(_CELERY / "dagster.yaml", home)
+        _make_home(machine, _CELERY)
         workspace = (
             f"load_from: [{{grpc_server: {{host: {self.control.address}, port: 4000, location_name: cluster}}}}]"
         )
@@ -165,3 +157,51 @@ class Cluster:
     def _log(self, name: str) -> str:
         path = self.control.folder / name
         return re.sub(r"\x1b\[[0-9;]*m", "", path.read_text()) if path.exists() else ""
+
+
+class Pair:
+    """Two machines, each with a Dagster of its own as `make dev` starts it, and one lake: one collects, the other
+    stands by."""
+
+    def __init__(self, folder: Path, s3: SeaweedFS, variables: Mapping[str, str]) -> None:
+        self.s3 = s3
+        self.lake: Lake = s3.lake()
+        self.workers = [Machine("desk-a", 11, folder / "a"), Machine("desk-b", 12, folder / "b")]
+        self.over = folder / "session-is-over"
+        self._variables = {**variables, "POLYGON_STANDBY": "yes", "CLUSTER_OVER": str(self.over)}
+
+    def start(self) -> None:
+        for machine in self.workers:
+            _make_home(machine, _LOCAL)
+            self.restart(machine)
+
+    def restart(self, machine: Machine) -> None:
+        """It is turned on, and Dagster starts there; what a machine that was lost had on its disk is there."""
+        machine.start()
+        environment = {**_environment(machine, self.lake, self.s3), **self._variables}
+        machine.run([str(_BIN / "dagster"), "dev", "-m", _DEFINITIONS], environment, "dev.log")
+
+    def close(self) -> None:
+        for machine in self.workers:
+            machine.lose()
+
+
+def _environment(machine: Machine, lake: Lake, s3: SeaweedFS) -> dict[str, str]:
+    """What every process has, whatever starts it."""
+    return {
+        "PATH": f"{_BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(_ROOT),
+        "HOME": str(machine.folder),
+        "DAGSTER_HOME": str(machine.folder / "home"),
+        "LAKE_URI": lake.uri,
+        "JOURNAL_DIR": str(machine.folder / "journal"),
+        "ALLOW_PLAINTEXT_HOSTS": f"{S3},{REDIS},{EXCHANGE}",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        **s3.address.environment(),
+    }
+
+
+def _make_home(machine: Machine, deployment: Path) -> None:
+    home = machine.folder / "home"
+    home.mkdir(parents=True)
+    shutil.copy(deployment / "dagster.yaml", home)

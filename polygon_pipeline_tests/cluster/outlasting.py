@@ -1,4 +1,4 @@
-"""What outlasts a machine: the account and the days, where its disk is lost too.
+"""What outlasts a machine: the account and the days where its disk is lost too, and the stream where another stands by.
 
 `make cluster` runs it, as root, after scenarios.
 """
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from polygon_pipeline.collector.lease import read_lease
 from polygon_pipeline.datasets.catalog import BAR_COVERAGE, NORMALIZED_BARS, Dataset
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.ledger import missing_minutes, read_ledgers
@@ -27,9 +28,9 @@ from polygon_pipeline.simulator.faults import OutgoingFrame
 from polygon_pipeline.simulator.rest_server import HistoryServer
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
-from polygon_pipeline_tests.cluster.cluster import Cluster
-from polygon_pipeline_tests.cluster.machines import EXCHANGE
-from polygon_pipeline_tests.cluster.scenarios import VARIABLES, Story, WatchedExchange, day_state
+from polygon_pipeline_tests.cluster.cluster import Cluster, Pair
+from polygon_pipeline_tests.cluster.machines import EXCHANGE, Machine
+from polygon_pipeline_tests.cluster.scenarios import SPEED, VARIABLES, Story, WatchedExchange, day_state
 from polygon_pipeline_tests.support.archives import archived_lines
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
@@ -129,6 +130,51 @@ def test_a_lost_disk_costs_what_was_not_archived_and_the_vendors_history_fills_i
 
 def _balances(cluster: Cluster) -> list[str]:
     return cluster.ui.check_history(NORMALIZED_BARS.name, "ledger_balances")
+
+
+@pytest.mark.timeout(900)
+def test_a_standby_takes_over_from_a_lost_machine_which_stands_by_itself_when_it_is_back(
+    tmp_path: Path, s3: SeaweedFS, say: Callable[[str], None]
+) -> None:
+    [day] = completed_sessions(datetime.now(UTC), 1)
+    feed = SyntheticFeed(SyntheticMarket(WATCH_LIST), day, [Channel.MINUTE])
+    with ExitStack() as ending:
+        exchange = ending.enter_context(WatchedExchange(feed, speed=SPEED, key="simulator", host=EXCHANGE, record=True))
+        pair = Pair(tmp_path, s3, {**VARIABLES, "CLUSTER_EXCHANGE": exchange.url})
+        ending.callback(pair.close)
+        pair.start()
+        lake = pair.lake
+        story = Story(pair, exchange, say)
+        first = story.collects(None, "one of two machines collects")
+        lost = story.machine_of(first)
+        [other] = [machine for machine in pair.workers if machine is not lost]
+        story.until(lambda: _runs(other), "the other stands by")
+        time.sleep(15)  # it has seen the lease
+        assert story.holder() == first.run
+        renewed = until(lambda: read_lease(lake), "there is a lease")
+        until(lambda: read_lease(lake) != renewed, "it is renewed once more", pause=0.2)
+
+        story.begins("the collecting machine is lost right after a renewal")
+        lost.lose()
+        story.until(lambda: story.holder() in _runs(other), "the standby has the lease")
+        story.until(lambda: len(exchange.served) == 2 and exchange.served[1].acknowledged, "its bars arrive")
+        story.collects(first, "its lease says so")
+        story.begins("the lost machine is back")
+        pair.restart(lost)
+        story.until(lambda: _is_complete(lake, day, first.run), "what it had received is published", 400)
+        story.until(lambda: len(_runs(lost)) == 1 and first.run not in _runs(lost), "it stands by")
+        story.goes_on(20)
+        assert story.holder() in _runs(other)
+        assert len(exchange.served) == 2
+        pair.over.touch()
+        story.until(lambda: not _runs(lost) and not _runs(other), "both have ended")
+        story.ends(day)
+        assert set(exchange.still_open) <= {lost.address}, "never two streams"
+
+
+def _runs(machine: Machine) -> list[str]:
+    """The runs that have a journal there: those at work, those that stand by, and lost ones."""
+    return [path.parent.name for path in (machine.folder / "journal").glob("*/journal.json")]
 
 
 def _is_complete(lake: Lake, day: date, run: str) -> bool:

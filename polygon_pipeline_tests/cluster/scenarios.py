@@ -25,7 +25,7 @@ from polygon_pipeline.market.calendar import completed_sessions, trading_days
 from polygon_pipeline.simulator.exchange import Exchange
 from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
-from polygon_pipeline_tests.cluster.cluster import COLLECTOR, Cluster
+from polygon_pipeline_tests.cluster.cluster import COLLECTOR, Cluster, Pair
 from polygon_pipeline_tests.cluster.machines import EXCHANGE, S3, Machine
 from polygon_pipeline_tests.support.archives import archived_lines
 from polygon_pipeline_tests.support.history import put_history
@@ -240,7 +240,7 @@ def _files(lake: Lake) -> dict[str, bytes]:
 class Story:
     """What happens, with the seconds that it took."""
 
-    def __init__(self, cluster: Cluster, exchange: WatchedExchange, say: Callable[[str], None]) -> None:
+    def __init__(self, cluster: Cluster | Pair, exchange: WatchedExchange, say: Callable[[str], None]) -> None:
         self._cluster = cluster
         self._exchange = exchange
         self._say = say
