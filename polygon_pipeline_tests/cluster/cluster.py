@@ -18,7 +18,7 @@ from urllib.error import HTTPError
 
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline_tests.cluster.machines import EXCHANGE, REDIS, S3, Machine
-from polygon_pipeline_tests.cluster.servers import Postgres, Redis
+from polygon_pipeline_tests.cluster.servers import Postgres, Redis, Volume
 from polygon_pipeline_tests.support.dagster_dev import DagsterDev
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
@@ -161,9 +161,10 @@ class Cluster:
 
 class Pair:
     """Two machines, each with a Dagster of its own as `make dev` starts it, and one lake: one collects, the other
-    stands by."""
+    stands by. volume: where both have their journals; None for disks of their own."""
 
-    def __init__(self, folder: Path, s3: SeaweedFS, variables: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, s3: SeaweedFS, variables: Mapping[str, str], volume: Volume | None = None) -> None:
+        self._volume = volume
         self.s3 = s3
         self.lake: Lake = s3.lake()
         self.workers = [Machine("desk-a", 11, folder / "a"), Machine("desk-b", 12, folder / "b")]
@@ -178,6 +179,8 @@ class Pair:
     def restart(self, machine: Machine) -> None:
         """It is turned on, and Dagster starts there; what a machine that was lost had on its disk is there."""
         machine.start()
+        if self._volume:
+            self._volume.mount(machine, machine.folder / "journal")
         environment = {**_environment(machine, self.lake, self.s3), **self._variables}
         machine.run([str(_BIN / "dagster"), "dev", "-m", _DEFINITIONS], environment, "dev.log")
 

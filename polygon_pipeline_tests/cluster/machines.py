@@ -21,7 +21,7 @@ from polygon_pipeline_tests.support.waiting import until
 
 NETWORK = "10.213.0"
 # The servers that all machines use, each with an address, so that a machine can be cut off from one of them alone.
-EXCHANGE, S3, REDIS, POSTGRES = (f"{NETWORK}.{number}" for number in (2, 3, 4, 5))
+EXCHANGE, S3, REDIS, POSTGRES, VOLUME = (f"{NETWORK}.{number}" for number in (2, 3, 4, 5, 6))
 
 _BRIDGE = "cluster0"
 _SWITCHS = "02:00:00:00:00:01"
@@ -34,7 +34,7 @@ def make_network() -> None:
     # Without an address of its own it has the lowest of its machines', and a new one when that machine is lost: the
     # others would send into nothing for up to 75 s.
     _ip("link", "add", _BRIDGE, "address", _SWITCHS, "type", "bridge")
-    for address in (f"{NETWORK}.1", EXCHANGE, S3, REDIS, POSTGRES):
+    for address in (f"{NETWORK}.1", EXCHANGE, S3, REDIS, POSTGRES, VOLUME):
         _ip("address", "add", f"{address}/24", "dev", _BRIDGE)
     _ip("link", "set", _BRIDGE, "up")
 
@@ -88,6 +88,9 @@ class Machine:
     def processes(self, text: str = "") -> list[int]:
         """The processes there whose command has this text, by their ids here."""
         return [pid for pid in _pids() if self._is_here(pid) and text in _command(pid)]
+
+    def has_mounted(self, folder: Path) -> bool:
+        return f" {folder} " in Path(f"/proc/{self._first}/mountinfo").read_text()
 
     def kill(self, text: str) -> None:
         """kill -9 of the processes there whose command has this text."""

