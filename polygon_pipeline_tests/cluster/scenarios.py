@@ -257,7 +257,7 @@ class Story:
         self.tells(f"{what}, after {time.monotonic() - self._began:.0f} s")
 
     def collects(self, after: Holding | None, what: str, seconds: float = 240) -> Holding:
-        """Waits until another run than this holds the lease and its bars arrive; its status says so 15 s later."""
+        """Waits until another run than this holds the lease and its bars arrive; then it has a while to collect."""
 
         def other() -> Holding | None:
             lease, streams = read_lease(self._cluster.lake), self._exchange.served[self._streams :]
@@ -269,6 +269,7 @@ class Story:
         self.tells(f"{what}, after {time.monotonic() - self._began:.0f} s")
         self._streams = len(self._exchange.served)
         self.last = found
+        self.goes_on(15)
         return found
 
     def goes_on(self, seconds: float) -> None:
