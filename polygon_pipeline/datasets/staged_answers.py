@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -52,7 +52,8 @@ class StagedAnswers:
         self._folder = folder
         self.asked_at: dict[str, datetime] = {}
         self._unfinished: dict[str, list[Page]] = {}
-        self._names: Iterator[str] = iter(())
+        names = (f"{number:04d}.jsonl.zst" for number in count())
+        self._names = (name for name in names if not (folder / name).exists())
         self._part: tuple[Path, pa.CompressedOutputStream] | None = None
         self._to_keep: list[Path] = []
         self._kept = time.monotonic()
@@ -69,8 +70,6 @@ class StagedAnswers:
             else:
                 part.unlink()
                 self._lake.put(key, b"")
-        names = (f"{number:04d}.jsonl.zst" for number in count())
-        self._names = (name for name in names if not (self._folder / name).exists())
 
     def add(self, page: Page) -> None:
         """Takes an answer; those of a ticker come in order. On any thread."""
@@ -101,7 +100,7 @@ class StagedAnswers:
     def files(self) -> list[Path]:
         """All answers, in files as reference.Pages reads them. Nothing is added afterwards."""
         self._end_part()
-        return sorted(self._folder.glob("*.jsonl.zst"))
+        return sorted(self._folder.iterdir())
 
     def clear(self) -> None:
         """Gives up what is kept on the lake: all days are made, or it cannot be read."""
