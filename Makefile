@@ -34,7 +34,7 @@ check: static
 test: static
 	$(BIN)/pytest
 
-# Several machines made of namespaces, with PostgreSQL, Redis and S3: forty minutes. Needs root, and changes no network
+# Several machines made of namespaces, with PostgreSQL, Redis and S3: half an hour. Needs root, and changes no network
 # but its own; `make cluster CLUSTER="-k backfill"` runs one scenario.
 cluster: $(BIN)/.installed-cluster
 	unshare --net --fork $(BIN)/pytest -n 0 -s polygon_pipeline_tests/cluster/scenarios.py \
