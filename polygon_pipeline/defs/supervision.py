@@ -8,6 +8,7 @@ STARTED for ever. The other launchers have health checks of their own.
 """
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -36,6 +37,9 @@ STANDBY_TAG = "polygon_pipeline/standby"
 _MANAGED = {dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING}
 _LOOK_AT_RUN_SECONDS = 5.0
 _RETRY_SECONDS = 2.0
+
+# How far the wall clock was ahead of the one that never steps when this process began.
+_AHEAD = time.time() - time.monotonic()
 
 _PROC = Path("/proc")
 _TERMINAL = logging.getLogger(__name__)
@@ -178,7 +182,8 @@ def fail_lost_collectors(
         own = lease if lease is not None and lease.owner == run.run_id else None
         cause = why_lost(own, watch.unchanged(run.run_id, own))
         lives = _process_lives(instance, record)
-        if own and own.machine == this_machine() and not _is_alive(own.pid, record.start_time or 0.0):
+        # Where the id is another process's by now, which is rare while a machine is up, the lease tells.
+        if own and own.machine == this_machine() and not _is_alive(own.pid, math.inf):
             cause = f"its process {own.pid} is gone"
         elif lives:
             continue  # it may be without a lease because its store is away
@@ -241,7 +246,10 @@ def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:
 
 
 def _is_alive(pid: int, run_started: float) -> bool:
-    """Whether the process is there and is the run's: after a restart of the machine the id may be another's."""
+    """Whether the process is there and is the run's: after a restart of the machine the id may be another's.
+
+    run_started: Unix seconds, as the clock was then. A clock that was set forward since makes no process younger.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -252,7 +260,8 @@ def _is_alive(pid: int, run_started: float) -> bool:
         state, age = _from_proc(pid) if _PROC.exists() else _from_ps(pid)
     except (FileNotFoundError, ProcessLookupError):
         return not _PROC.exists()  # gone since; without ps there is only the id
-    return not state.startswith("Z") and time.time() - age < run_started + 1
+    set_forward = max(0.0, time.time() - time.monotonic() - _AHEAD)
+    return not state.startswith("Z") and time.time() - age - set_forward < run_started + 1
 
 
 def _from_proc(pid: int) -> tuple[str, float]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -159,6 +162,22 @@ def test_a_run_whose_process_is_gone_from_this_machine_is_failed_before_its_leas
         _write_lease(lake_dir, run, expires_in=timedelta(minutes=1), machine=machine, pid=2**22 + 1)
         assert ("1" in _fail_lost_runs(instance)) == (machine == this_machine())
     assert isinstance(_tick(instance), dg.RunRequest)
+
+
+@pytest.mark.fault("clock steps")
+def test_a_collector_of_this_machine_goes_on_where_the_clock_is_set_forward_and_the_sensor_is_started_anew(
+    instance: dg.DagsterInstance, lake_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _started_run(instance, calendar.completed_sessions(datetime.now(UTC), 5)[0].isoformat())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as collector:
+        _write_lease(lake_dir, run, expires_in=timedelta(minutes=1), machine=this_machine(), pid=collector.pid)
+        wall = time.time
+        monkeypatch.setattr(time, "time", lambda: wall() + 3600)
+        monkeypatch.setattr(supervision, "_AHEAD", supervision._AHEAD + 3600)
+        assert _fail_lost_runs(instance) == "no run is lost"
+        collector.kill()
+        collector.wait()
+        assert "1" in _fail_lost_runs(instance)
 
 
 def test_a_run_without_a_lease_whose_process_lives_is_not_lost(

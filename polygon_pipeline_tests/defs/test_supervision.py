@@ -34,6 +34,18 @@ def test_a_killed_process_or_one_started_after_the_run_is_not_the_runs_process(
     assert not supervision._is_alive(process.pid, began + 1)
 
 
+@pytest.mark.fault("clock steps")
+def test_a_clock_that_is_set_forward_makes_no_process_younger_than_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    wall = time.time
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        began = time.time()
+        monkeypatch.setattr(time, "time", lambda: wall() + 3600)
+        assert supervision._is_alive(process.pid, began + 1)
+        process.kill()
+        process.wait()
+        assert not supervision._is_alive(process.pid, began + 1)
+
+
 @pytest.mark.parametrize(("elapsed", "age"), [("00:05", 5), ("02:03:04", 7384), ("11-02:03:04", 957784)])
 def test_without_proc_a_processs_age_is_what_ps_says(
     elapsed: str, age: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
