@@ -21,7 +21,7 @@ import msgspec
 
 from polygon_pipeline.datasets import reference
 from polygon_pipeline.lake import layout
-from polygon_pipeline.lake.archive import unpacked
+from polygon_pipeline.lake.archive import unpacked_lines
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.polygon.rest import Page
 
@@ -131,13 +131,10 @@ def _filled(lake: Lake, prefix: str) -> list[str]:
 def _asked_at(part: Path) -> dict[str, datetime]:
     """By ticker, when its first page was asked for; empty where the part is damaged."""
     found: dict[str, datetime] = {}
-    rest = b""
     decode = msgspec.json.Decoder(_Line).decode
     try:
-        for chunk in unpacked(part):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in map(decode, lines):
-                found.setdefault(line.ticker, line.fetched_at)
+        for line in map(decode, filter(None, unpacked_lines(part))):
+            found.setdefault(line.ticker, line.fetched_at)
     except (OSError, ValueError, RecursionError):
         return {}
     return found

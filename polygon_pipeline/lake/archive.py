@@ -106,20 +106,11 @@ def read_frames_sql(frame_type: str) -> str:
 
 def read_frames(file: Path, on_error: Callable[[str], object]) -> Iterator[ArchivedFrame]:
     """The frames of an archive (.jsonl, .jsonl.zst), line by line; on_error gets the reason why a line is left out."""
-    rest, number = b"", 0
     try:
-        for chunk in unpacked(file):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                number += 1
-                yield from _read_line(number, line, on_error)
-            if len(rest) > _LONGEST_LINE:
-                on_error(f"line {number + 1} has more than {_LONGEST_LINE} bytes; it and what follows is left out")
-                return
+        for number, line in enumerate(unpacked_lines(file), 1):
+            yield from _read_line(number, line, on_error)
     except OSError as error:
         on_error(str(error))
-        return
-    yield from _read_line(number + 1, rest, on_error)
 
 
 def _read_line(number: int, line: bytes, on_error: Callable[[str], object]) -> Iterator[ArchivedFrame]:
@@ -147,6 +138,19 @@ def unpacked(file: Path) -> Iterator[bytes]:
             if (left := left - len(chunk)) < 0:
                 raise OSError(f"it unpacks to more than {LARGEST_UNPACKED} bytes")
             yield chunk
+
+
+def unpacked_lines(file: Path) -> Iterator[bytes]:
+    """A file's lines, without their ends; the last is empty where it ends as it should. Raises OSError as unpacked()
+    does, and where a line is too long."""
+    rest, number = b"", 0
+    for chunk in unpacked(file):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+        number += len(lines)
+        if len(rest) > _LONGEST_LINE:
+            raise OSError(f"line {number + 1} has more than {_LONGEST_LINE} bytes; it and what follows is left out")
+    yield rest
 
 
 def decompression_error(file: Path) -> str | None:
