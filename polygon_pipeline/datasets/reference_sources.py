@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from polygon_pipeline.datasets import reference
 from polygon_pipeline.datasets.catalog import REFERENCE_BARS, REFERENCE_DAILY_BARS
 from polygon_pipeline.datasets.inputs import fetch_reference
-from polygon_pipeline.datasets.staged_answers import StagedAnswers, sweep
+from polygon_pipeline.datasets.staged_answers import StagedAnswers, answers_of, sweep
 from polygon_pipeline.lake.errors import STORE_ERRORS, brief
 from polygon_pipeline.lake.ledger import market_time, read_ledgers
 from polygon_pipeline.lake.store import Lake
@@ -106,7 +106,7 @@ def fetch_days(
     for done, day in enumerate(by_file, 1):
         assert sources.flat_files
         try:
-            yield _from_flat_file(lake, day, sources.flat_files, _new(folder, f"day-{day}"), now)
+            yield _from_flat_file(lake, day, sources.flat_files, _new(folder, day), now)
         except _PROBLEMS as problem:
             yield UnfetchedDay(day, problem)
         if time.monotonic() - reported >= _REPORT_EVERY_SECONDS:
@@ -137,7 +137,7 @@ def fetch_daily_days(
     """Fetches the vendor's day bars of trading days, as fetch_days fetches the minutes: from flat files where there are
     credentials for them, else one request a day for the whole market."""
     for day in sorted(days):
-        scratch = _new(folder, f"day-{day}")
+        scratch = _new(folder, day)
         try:
             if sources.flat_files is not None:
                 yield _from_flat_file(lake, day, sources.flat_files, scratch, now, FlatFileKind.DAYS)
@@ -210,14 +210,13 @@ def _from_rest(
             "POLYGON_TICKERS, or raise POLYGON_REST_REQUESTS_PER_MINUTE to what the plan allows."
         )
     ledgers = read_ledgers(lake, days[-1]).ledgers
-    answers = StagedAnswers(lake, days, _new(folder, "answers"))
-    refused = _ask(tickers, days, sources, answers, market_time(ledgers, now), report)
-    served = [ticker for ticker in tickers if ticker not in refused]
-    asked_at = market_time(ledgers, min(answers.asked_at[ticker] for ticker in served))
-    try:
+    with answers_of(lake, days, folder) as answers:
+        refused = _ask(tickers, days, sources, answers, market_time(ledgers, now), report)
+        served = [ticker for ticker in tickers if ticker not in refused]
+        asked_at = market_time(ledgers, min(answers.asked_at[ticker] for ticker in served))
         with reference.Pages(answers.files(), served, folder) as pages:
             for day in days:
-                scratch = _new(folder, f"day-{day}")
+                scratch = _new(folder, day)
                 made = scratch / "made.parquet"
                 pages.write(day, _until_ms(day, asked_at), made)
                 old = fetch_reference(lake, day, scratch)
@@ -227,10 +226,6 @@ def _from_rest(
                     yield FetchedDay(day, old, info, is_new=False, refused=refused)
                     continue
                 yield FetchedDay(day, made, reference.read_reference_info(made), is_new=True, refused=refused)
-    except reference.UnreadableReference:
-        answers.clear()  # or it would be read again, and again in vain
-        raise
-    answers.clear()
 
 
 def _spans(days: Sequence[date]) -> Iterator[list[date]]:
@@ -328,13 +323,11 @@ def _is_over(day: date, asked_at: datetime) -> bool:
     return found is None or found.post_close + settled_after() <= asked_at
 
 
-def _new(folder: Path, name: str) -> Path:
-    """An empty folder for a day, or for answers. The one before of its kind is removed, so that a long range needs no
-    more disk than one of each."""
-    kind = name.partition("-")[0]
-    for old in folder.glob(f"{kind}*"):
+def _new(folder: Path, day: date) -> Path:
+    """An empty folder for a day; the one before is removed, so that a long range needs no more disk than a day."""
+    for old in folder.glob("day-*"):
         shutil.rmtree(old)
-    made = folder / name
+    made = folder / f"day-{day}"
     made.mkdir()
     return made
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date, datetime, timedelta
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -103,7 +105,7 @@ class StagedAnswers:
         return sorted(self._folder.iterdir())
 
     def clear(self) -> None:
-        """Gives up what is kept on the lake: all days are made, or it cannot be read."""
+        """Gives up what is kept on the lake."""
         for key in _filled(self._lake, self._prefix):
             self._lake.put(key, b"")
 
@@ -114,6 +116,22 @@ class StagedAnswers:
                 stream.close()
                 self._to_keep.append(path)
                 self._part = None
+
+
+@contextmanager
+def answers_of(lake: Lake, days: Sequence[date], folder: Path) -> Iterator[StagedAnswers]:
+    """The answers for these days, until the caller has stored all of them. folder: a local one.
+
+    Where they cannot be read they are given up on the lake too, or they would be read again, and again in vain.
+    """
+    with TemporaryDirectory(dir=folder) as parts:
+        answers = StagedAnswers(lake, days, Path(parts))
+        try:
+            yield answers
+        except reference.UnreadableReference:
+            answers.clear()
+            raise
+        answers.clear()
 
 
 def sweep(lake: Lake, now: datetime, kept_for: timedelta) -> None:
