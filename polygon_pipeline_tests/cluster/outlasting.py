@@ -30,7 +30,7 @@ from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
 from polygon_pipeline_tests.cluster.cluster import Cluster, Pair
 from polygon_pipeline_tests.cluster.machines import EXCHANGE, Machine
-from polygon_pipeline_tests.cluster.scenarios import SPEED, VARIABLES, Story, WatchedExchange, day_state
+from polygon_pipeline_tests.cluster.scenarios import VARIABLES, Story, WatchedExchange, day_state, playing
 from polygon_pipeline_tests.cluster.servers import Volume
 from polygon_pipeline_tests.support.archives import archived_lines
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
@@ -137,15 +137,8 @@ def _balances(cluster: Cluster) -> list[str]:
 def test_a_standby_takes_over_from_a_lost_machine_which_stands_by_itself_when_it_is_back(
     tmp_path: Path, s3: SeaweedFS, say: Callable[[str], None]
 ) -> None:
-    [day] = completed_sessions(datetime.now(UTC), 1)
-    feed = SyntheticFeed(SyntheticMarket(WATCH_LIST), day, [Channel.MINUTE])
-    with ExitStack() as ending:
-        exchange = ending.enter_context(WatchedExchange(feed, speed=SPEED, key="simulator", host=EXCHANGE, record=True))
-        pair = Pair(tmp_path, s3, {**VARIABLES, "CLUSTER_EXCHANGE": exchange.url})
-        ending.callback(pair.close)
-        pair.start()
-        lake = pair.lake
-        story = Story(pair, exchange, say)
+    with playing(lambda variables: Pair(tmp_path, s3, variables), say) as (day, pair, story):
+        lake, exchange = pair.lake, story.exchange
         first = story.collects(None, "one of two machines collects")
         lost = story.machine_of(first)
         [other] = [machine for machine in pair.workers if machine is not lost]
@@ -173,22 +166,11 @@ def test_a_standby_takes_over_from_a_lost_machine_which_stands_by_itself_when_it
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not Volume.is_there(), reason="needs glusterd: apt-get install glusterfs-server")
 def test_a_standby_publishes_the_journal_of_a_lost_machine_from_the_volume_that_both_mount(
-    tmp_path: Path, s3: SeaweedFS, say: Callable[[str], None]
+    tmp_path: Path, s3: SeaweedFS, volume: Volume, say: Callable[[str], None]
 ) -> None:
-    [day] = completed_sessions(datetime.now(UTC), 1)
-    feed = SyntheticFeed(SyntheticMarket(WATCH_LIST), day, [Channel.MINUTE])
-    with ExitStack() as ending:
-        exchange = ending.enter_context(WatchedExchange(feed, speed=SPEED, key="simulator", host=EXCHANGE, record=True))
-        volume = Volume(tmp_path / "volume")
-        volume.start()
-        ending.callback(volume.stop)
-        pair = Pair(tmp_path, s3, {**VARIABLES, "CLUSTER_EXCHANGE": exchange.url}, volume)
-        ending.callback(pair.close)
-        pair.start()
-        lake = pair.lake
-        story = Story(pair, exchange, say)
+    with playing(lambda variables: Pair(tmp_path, s3, variables, volume), say) as (day, pair, story):
+        lake, exchange = pair.lake, story.exchange
         first = story.collects(None, "one of two machines collects")
         [lost] = [machine for machine in pair.workers if first.machine.startswith(machine.name)]
         story.until(lambda: len(list(volume.files.glob("*/journal.json"))) == 2, "the other stands by")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 import pyarrow as pa
@@ -33,6 +33,8 @@ from polygon_pipeline_tests.support.lakes import local_lake
 from polygon_pipeline_tests.support.materializing import materialize
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
+
+S = TypeVar("S", Cluster, Pair)
 
 _DATASETS = [dataset.name for dataset in FOLLOWING if dataset.channel is Channel.MINUTE and not dataset.required]
 SPEED = 48.0  # a session takes 20 minutes
@@ -59,23 +61,26 @@ class WatchedExchange(Exchange):
         super()._register(connection)
 
 
+@contextlib.contextmanager
+def playing(make: Callable[[dict[str, str]], S], say: Callable[[str], None]) -> Iterator[tuple[date, S, Story]]:
+    """The last complete session, played to machines, and their story. make: of the environment of their processes."""
+    [day] = completed_sessions(datetime.now(UTC), 1)
+    feed = SyntheticFeed(SyntheticMarket(WATCH_LIST), day, [Channel.MINUTE])
+    with WatchedExchange(feed, speed=SPEED, key="simulator", host=EXCHANGE, record=True) as exchange:
+        machines = make({**VARIABLES, "CLUSTER_EXCHANGE": exchange.url})
+        try:
+            machines.start()
+            yield day, machines, Story(machines, exchange, say)
+        finally:
+            machines.close()
+
+
 @pytest.mark.timeout(1800)
 def test_a_session_survives_whatever_happens_to_the_cluster(
     tmp_path: Path, s3: SeaweedFS, say: Callable[[str], None]
 ) -> None:
-    [day] = completed_sessions(datetime.now(UTC), 1)
-    market = SyntheticMarket(WATCH_LIST)
-    with ExitStack() as ending:
-        exchange = ending.enter_context(
-            WatchedExchange(
-                SyntheticFeed(market, day, [Channel.MINUTE]), speed=SPEED, key="simulator", host=EXCHANGE, record=True
-            )
-        )
-        cluster = Cluster(tmp_path, s3, {**VARIABLES, "CLUSTER_EXCHANGE": exchange.url}, days_per_run=5)
-        ending.callback(cluster.close)
-        cluster.start()
-        story = Story(cluster, exchange, say)
-
+    with playing(lambda variables: Cluster(tmp_path, s3, variables, days_per_run=5), say) as (day, cluster, story):
+        exchange = story.exchange
         first = story.collects(None, "the sensor starts a collector")
         assert cluster.ui.statuses("collect_aggregates") == ["STARTED"]
 
@@ -159,14 +164,7 @@ def test_a_session_survives_whatever_happens_to_the_cluster(
 def test_a_collector_that_is_terminated_while_redis_is_away_ends_and_stays_ended(
     tmp_path: Path, s3: SeaweedFS, say: Callable[[str], None]
 ) -> None:
-    [day] = completed_sessions(datetime.now(UTC), 1)
-    feed = SyntheticFeed(SyntheticMarket(WATCH_LIST), day, [Channel.MINUTE])
-    with ExitStack() as ending:
-        exchange = ending.enter_context(WatchedExchange(feed, speed=SPEED, key="simulator", host=EXCHANGE, record=True))
-        cluster = Cluster(tmp_path, s3, {**VARIABLES, "CLUSTER_EXCHANGE": exchange.url}, days_per_run=5)
-        ending.callback(cluster.close)
-        cluster.start()
-        story = Story(cluster, exchange, say)
+    with playing(lambda variables: Cluster(tmp_path, s3, variables, days_per_run=5), say) as (_, cluster, story):
         story.collects(None, "the sensor starts a collector")
         [run] = cluster.ui.runs()
         cluster.redis.stop()
@@ -242,7 +240,7 @@ class Story:
 
     def __init__(self, cluster: Cluster | Pair, exchange: WatchedExchange, say: Callable[[str], None]) -> None:
         self._cluster = cluster
-        self._exchange = exchange
+        self.exchange = exchange
         self._say = say
         self._began = time.monotonic()
         self._streams = 0  # which the collectors before had
@@ -260,24 +258,24 @@ class Story:
         """Waits until another run than this holds the lease and its bars arrive; then it has a while to collect."""
 
         def other() -> Holding | None:
-            lease, streams = read_lease(self._cluster.lake), self._exchange.served[self._streams :]
+            lease, streams = read_lease(self._cluster.lake), self.exchange.served[self._streams :]
             if lease is None or lease.released or (after and lease.run == after.run):
                 return None
             return lease if any(served.acknowledged for served in streams) else None
 
         found = until(other, what, seconds, 0.5)
         self.tells(f"{what}, after {time.monotonic() - self._began:.0f} s")
-        self._streams = len(self._exchange.served)
+        self._streams = len(self.exchange.served)
         self.last = found
         self.goes_on(15)
         return found
 
     def goes_on(self, seconds: float) -> None:
         """For so long bars arrive, on the same connection."""
-        connections, sent = len(self._exchange.served), self._exchange.sent
+        connections, sent = len(self.exchange.served), self.exchange.sent
         time.sleep(seconds)
-        assert len(self._exchange.served) == connections
-        assert self._exchange.sent > sent
+        assert len(self.exchange.served) == connections
+        assert self.exchange.sent > sent
 
     def holder(self) -> str | None:
         lease = read_lease(self._cluster.lake)
@@ -294,10 +292,10 @@ class Story:
         ledgers, unreadable, _ = read_ledgers(lake, day)
         assert not unreadable
         archived = {bytes(line.content) for line in archived_lines(lake, day) if line.is_frame}
-        received = [frame for served in self._exchange.served for frame in served.frames[: served.acknowledged]]
+        received = [frame for served in self.exchange.served for frame in served.frames[: served.acknowledged]]
         lost = [frame for frame in received if frame.payload not in archived]
         self.tells(
-            f"{len(ledgers)} runs, {len(self._exchange.served)} streams, "
+            f"{len(ledgers)} runs, {len(self.exchange.served)} streams, "
             f"{sum(len(frame.bars) for frame in received)} bars received, "
             f"{sum(len(frame.bars) for frame in lost)} lost, {day_state(lake, day)}"
         )

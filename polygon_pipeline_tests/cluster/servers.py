@@ -137,10 +137,6 @@ class Volume(_Server):
         self.files = folder / "files"
         self._socket = folder / "glusterd.socket"
 
-    @staticmethod
-    def is_there() -> bool:
-        return shutil.which("glusterd") is not None
-
     def start(self) -> None:
         settings = {
             "type": "mgmt/glusterd",
