@@ -58,8 +58,13 @@ def _needs_s3(item: pytest.Function) -> bool:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     outcomes = ("passed", "failed", "error")
-    reports = [report for outcome in outcomes for report in terminalreporter.stats.get(outcome, [])]
-    accounts = [line for report in reports for name, line in report.user_properties if name == "account"]
+    reports = [
+        report
+        for outcome in outcomes
+        for report in terminalreporter.stats.get(outcome, [])
+        if isinstance(report, pytest.TestReport)  # a file that cannot be imported is an error without a test
+    ]
+    accounts = [str(line) for report in reports for name, line in report.user_properties if name == "account"]
     for title, lines in (("accounts", accounts), ("fault matrix", fault_matrix(reports))):
         if lines:
             terminalreporter.section(title)

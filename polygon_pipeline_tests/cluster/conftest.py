@@ -1,16 +1,17 @@
-"""Fixtures of the scenarios: the machines' network, and S3 and a volume in it."""
+"""Fixtures of the scenarios: the machines' network, and S3 in it.
+
+`make test` imports this file too, without the packages of the extra `cluster`: nothing here may need them.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from polygon_pipeline_tests.cluster.machines import S3, make_network, remove_network
-from polygon_pipeline_tests.cluster.servers import Volume
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 
@@ -30,13 +31,3 @@ def s3(network: None, tmp_path: Path) -> Iterator[SeaweedFS]:
         yield server
     finally:
         server.stop()
-
-
-@pytest.fixture
-def volume(network: None, tmp_path: Path) -> Iterator[Volume]:
-    if not shutil.which("glusterd"):
-        pytest.skip("needs glusterd: apt-get install glusterfs-server")
-    volume = Volume(tmp_path / "volume")
-    volume.start()
-    yield volume
-    volume.stop()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -163,6 +163,16 @@ def test_a_standby_takes_over_from_a_lost_machine_which_stands_by_itself_when_it
         story.until(lambda: not _runs(lost) and not _runs(other), "both have ended")
         story.ends(day)
         assert set(exchange.still_open) <= {lost.address}, "never two streams"
+
+
+@pytest.fixture
+def volume(network: None, tmp_path: Path) -> Iterator[Volume]:
+    if not shutil.which("glusterd"):
+        pytest.skip("needs glusterd: apt-get install glusterfs-server")
+    volume = Volume(tmp_path / "volume")
+    volume.start()
+    yield volume
+    volume.stop()
 
 
 @pytest.mark.timeout(900)
