@@ -12,7 +12,7 @@ define install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(1) && echo && touch $@
 endef
 
-.PHONY: dev doctor check test static cluster bench fuzz audit screenshots format clean
+.PHONY: dev doctor check test static cluster image bench fuzz audit screenshots format clean
 
 PORT := 3000
 
@@ -39,6 +39,12 @@ test: static
 cluster: $(BIN)/.installed-cluster
 	unshare --net --fork $(BIN)/pytest -n 0 -s polygon_pipeline_tests/cluster/scenarios.py \
 		polygon_pipeline_tests/cluster/outlasting.py $(CLUSTER)
+
+# The image is built, and a session collected by containers of it as deploy/celery/compose.yaml says: twelve minutes.
+# Needs a Docker engine with Compose, and the ports 3000, 5432 and 6379.
+image: $(BIN)/.installed-cluster
+	docker build --file deploy/container/Dockerfile --tag polygon-pipeline:tried .
+	$(BIN)/pytest -n 0 -s polygon_pipeline_tests/cluster/image.py
 
 static: $(BIN)/.installed-dev
 	$(BIN)/ruff check
