@@ -19,6 +19,7 @@ from pydantic import PrivateAttr
 from polygon_pipeline import access, settings
 from polygon_pipeline.datasets.reference_sources import Sources
 from polygon_pipeline.defs.scratch import scratch_folder
+from polygon_pipeline.defs.supervision import launcher_elsewhere
 from polygon_pipeline.lake.s3 import S3Access
 from polygon_pipeline.lake.store import Lake, open_lake
 from polygon_pipeline.polygon.rest import RestHistory
@@ -62,9 +63,7 @@ class LakeResource(dg.ConfigurableResource["LakeResource"]):
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["LakeResource"]:
-        instance = context.instance
-        if instance and not (instance.is_ephemeral or isinstance(instance.run_launcher, dg.DefaultRunLauncher)):
-            self._launcher = type(instance.run_launcher).__name__
+        self._launcher = launcher_elsewhere(context.instance) if context.instance else None
         with scratch_folder() as folder:
             self._scratch = folder
             yield self

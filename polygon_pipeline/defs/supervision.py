@@ -210,6 +210,16 @@ def was_lost(instance: dg.DagsterInstance, holding: Holding) -> bool:
     return run is not None and run.tags.get(LAST_RENEWAL_TAG) == holding.renewed_at.isoformat()
 
 
+def launcher_elsewhere(instance: dg.DagsterInstance) -> str | None:
+    """The launcher's class where it starts runs on other machines; None where they start on this one.
+
+    As configured, because a launcher that is made may ask for what a run has no right to: EcsRunLauncher asks AWS.
+    """
+    configured = None if instance.is_ephemeral else instance.get_ref().run_launcher_data
+    name = configured.class_name if configured else None
+    return None if name == dg.DefaultRunLauncher.__name__ else name
+
+
 def fail_killed_runs(instance: dg.DagsterInstance, but: str, log: logging.Logger) -> int:
     """Reports runs of the default launcher failed whose process was killed; returns how many. but: a job left alone.
 
@@ -230,7 +240,7 @@ def fail_killed_runs(instance: dg.DagsterInstance, but: str, log: logging.Logger
 
 def _process_lives(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool | None:
     """Whether a run's process lives, where the default launcher started it, on this machine; None where another did."""
-    if not isinstance(instance.run_launcher, dg.DefaultRunLauncher):
+    if launcher_elsewhere(instance):
         return None
     pid = _process_of(instance, record.dagster_run.run_id)
     return None if pid is None else _is_alive(pid, record.start_time or 0.0)

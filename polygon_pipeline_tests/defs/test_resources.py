@@ -99,11 +99,12 @@ def test_a_launch_cannot_have_a_variable_shown(asked: dict[str, Any]) -> None:
 def test_a_lake_that_nobody_named_is_refused_where_runs_start_on_other_machines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each would get a lake of its own below its working directory."""
+    """Each would get a lake of its own below its working directory. To say so, a run asks nothing of AWS."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LAKE_URI")
     celery = {"module": "polygon_pipeline.launcher", "class": "WatchingCeleryRunLauncher", "config": {}}
-    for launcher, refused in ({}, False), ({"run_launcher": celery}, True):
+    ecs = {"module": "dagster_aws.ecs", "class": "EcsRunLauncher", "config": {"task_definition": "polygon-run"}}
+    for launcher, refused in ({}, False), ({"run_launcher": celery}, True), ({"run_launcher": ecs}, True):
         with (
             dg.instance_for_test(overrides=launcher) as instance,
             dg.build_resources({"lake": LakeResource(s3=S3Resource())}, instance=instance) as resources,
