@@ -8,26 +8,28 @@ from __future__ import annotations
 import configparser
 import json
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import boto3
 import dagster as dg
 import pytest
 import yaml
-from botocore.validate import ParamValidator
 from dagster_aws.ecs import EcsRunLauncher
 from dagster_celery.app import app
 from dagster_k8s import K8sRunLauncher
 from dagster_k8s.job import construct_dagster_k8s_job
+from moto import mock_aws
+from moto.core.models import responses_mock
+from moto.ecs.models import EC2ContainerServiceBackend, ecs_backends
 
 from polygon_pipeline.definitions import defs
 from polygon_pipeline.launcher import WatchingCeleryRunLauncher
 
 _DEPLOY = Path(__file__).parents[1] / "deploy"
+_TASK = json.loads((_DEPLOY / "ecs" / "task-definition.json").read_text())
 _SYSTEMD = sorted((_DEPLOY / "celery" / "systemd").glob("*.service"))
 
 
@@ -37,7 +39,7 @@ def _instance(
 ) -> Iterator[dg.DagsterInstance]:
     """An instance of this configuration, on SQLite: all but the storage is as it will be."""
     del configuration["storage"]
-    for name in ("DAGSTER_POSTGRES_URL", "CELERY_BROKER_URL", "COMPUTE_LOGS_BUCKET", "RUN_TASK_DEFINITION"):
+    for name in ("DAGSTER_POSTGRES_URL", "CELERY_BROKER_URL", "COMPUTE_LOGS_BUCKET"):
         monkeypatch.setenv(name, "memory://" if name == "CELERY_BROKER_URL" else "a-name")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     (folder / "dagster.yaml").write_text(yaml.safe_dump(configuration))
@@ -49,13 +51,10 @@ def _instance(
 def test_an_instance_is_what_its_configuration_says(
     engine: str, launcher: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if engine == "ecs":  # the launcher asks AWS for its task definition as soon as it is made
-        definition = {"taskDefinitionArn": "an-arn", "containerDefinitions": [{"name": "run"}]}
-        client = Mock(describe_task_definition=lambda **_: {"taskDefinition": definition})
-        monkeypatch.setattr(boto3, "client", lambda *_, **__: client)
     configuration = _yaml(_DEPLOY / engine / "dagster.yaml")
     assert set(configuration["storage"]["postgres"]) == {"postgres_url"}
-    with _instance(tmp_path, configuration, monkeypatch) as instance:
+    aws = _aws(monkeypatch) if engine == "ecs" else nullcontext()  # which the launcher asks as soon as it is made
+    with aws, _instance(tmp_path, configuration, monkeypatch) as instance:
         assert type(instance.run_launcher) is launcher
         assert instance.run_launcher.supports_check_run_worker_health
         assert instance.run_monitoring_enabled
@@ -147,14 +146,90 @@ def test_a_runs_pod_is_one_that_kubernetes_would_take(job: str, monkeypatch: pyt
         assert claims == [], "only one pod can have it"
 
 
-def test_the_task_definition_is_one_that_ecs_would_take() -> None:
-    definition = json.loads((_DEPLOY / "ecs" / "task-definition.json").read_text())
-    model = boto3.Session(region_name="us-east-1").client("ecs", region_name="us-east-1").meta.service_model
-    report = ParamValidator().validate(definition, model.operation_model("RegisterTaskDefinition").input_shape)
-    assert not report.has_errors(), report.generate_report()
-    [container] = definition["containerDefinitions"]
-    assert container["name"] == _yaml(_DEPLOY / "ecs" / "dagster.yaml")["run_launcher"]["config"]["container_name"]
-    assert {mount["sourceVolume"] for mount in container["mountPoints"]} == {v["name"] for v in definition["volumes"]}
+@contextmanager
+def _aws(monkeypatch: pytest.MonkeyPatch, note: Callable[..., None] = lambda **_: None) -> Iterator[dict[str, Any]]:
+    """An imitation of AWS, with the task definition as it is, and a daemon on Fargate; yields where the daemon is.
+
+    note: is told what AWS is asked from then on.
+    """
+    monkeypatch.setenv("ECS_CONTAINER_METADATA_URI_V4", "http://169.254.170.2/v4/daemon")
+    # It adds up what containers reserve of a machine, and fails where they reserve nothing, as they may on Fargate.
+    monkeypatch.setattr(EC2ContainerServiceBackend, "_calculate_task_resource_requirements", lambda *_: {})
+    with mock_aws():
+        session = boto3.Session(region_name="us-east-1")
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", session)
+        ecs, ec2 = session.client("ecs"), session.client("ec2")
+        ecs.create_cluster(clusterName="polygon")
+        ecs.register_task_definition(**_TASK)
+        network: Any = {
+            "subnets": [ec2.describe_subnets()["Subnets"][0]["SubnetId"]],
+            "securityGroups": [ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]],
+            "assignPublicIp": "DISABLED",
+        }
+        place: Any = {"launchType": "FARGATE", "networkConfiguration": {"awsvpcConfiguration": network}}
+        [daemon] = ecs.run_task(cluster="polygon", taskDefinition=_TASK["family"], **place)["tasks"]
+        answer = {"Cluster": "polygon", "TaskARN": daemon["taskArn"]}
+        responses_mock.get("http://169.254.170.2/v4/daemon/task", json=answer)
+        session.events.register("provide-client-params", note)
+        yield {"cluster": "polygon", **place}
+
+
+def _job(name: str) -> dg.JobDefinition:
+    return defs.resolve_job_def(name)
+
+
+@pytest.mark.parametrize("job", ["collect_aggregates", "catch_up"])
+def test_a_run_is_a_task_of_ecs_that_is_watched_and_ended(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, tuple[dict[str, Any], dg.DagsterRunStatus]] = {}  # of AWS, and the run's status at that moment
+
+    def now() -> dg.DagsterRun:
+        found = instance.get_run_by_id(run.run_id)
+        assert found
+        return found
+
+    def note(params: dict[str, Any], model: Any, **_: object) -> None:
+        asked[f"{model.service_model.service_name}:{model.name}"] = params, now().status
+
+    configuration = _yaml(_DEPLOY / "ecs" / "dagster.yaml")
+    with _aws(monkeypatch, note) as place, _instance(tmp_path, configuration, monkeypatch) as instance:
+        origin = dg.build_reconstructable_job(__name__, _job.__name__, (job,)).get_python_origin()
+        run = instance.create_run_for_job(_job(job), tags=_job(job).tags, job_code_origin=origin)
+        instance.launch_run(run.run_id, None)  # type: ignore[arg-type] # this launcher has no use for a workspace
+        launched, _ = asked["ecs:RunTask"]
+        assert place.items() <= launched.items(), "a run is where the daemon is"
+        [override] = launched["overrides"]["containerOverrides"]
+        assert {*launched["overrides"], *override} == {"containerOverrides", "name", "command"}, (
+            "its size is there already"
+        )
+        assert override["command"][:3] == ["dagster", "api", "execute_run"]
+        assert len(json.dumps(launched["overrides"])) <= 8192, "ECS takes no more"
+        task = ecs_backends["123456789012"]["us-east-1"].tasks["polygon"][now().tags["ecs/task_arn"]]
+        health = instance.run_launcher.check_run_worker_health
+        assert health(now()).status.value == "RUNNING"
+        for code in (137, None):  # it was killed, or lost with its machine
+            task.last_status, task.containers[0].exitCode = "STOPPED", code  # type: ignore[assignment]
+            assert health(now()).status.value == "FAILED"
+        task.last_status = "RUNNING"
+        assert instance.run_launcher.terminate(run.run_id)
+        assert task.last_status == "STOPPED"
+        assert asked["ecs:StopTask"][1] is dg.DagsterRunStatus.CANCELING, "so that the collector stays ended"
+    for action in asked:
+        assert f"`{action}`" in (_DEPLOY / "ecs" / "README.md").read_text(), "the roles have no other right"
+
+
+def test_the_task_definition_keeps_the_rules_of_fargate() -> None:
+    """Those that the imitation of AWS does not know."""
+    sizes = {1024: range(2048, 8193, 1024), 2048: range(4096, 16385, 1024), 4096: range(8192, 30721, 1024)}
+    assert int(_TASK["memory"]) in sizes[int(_TASK["cpu"])]
+    [container] = _TASK["containerDefinitions"]
+    assert 2 <= container["stopTimeout"] <= 120
+    assert "entryPoint" not in container, "the image's tini stays the first process"
+    mounted = {mount["sourceVolume"]: mount["containerPath"] for mount in container["mountPoints"]}
+    assert mounted.keys() == {volume["name"] for volume in _TASK["volumes"]}
+    assert f"JOURNAL_DIR={mounted['journal']}" in (_DEPLOY / "container" / "Dockerfile").read_text()
+    assert f"VOLUME {mounted['tmp']}" in (_DEPLOY / "ecs" / "Dockerfile").read_text(), "else only root may write there"
 
 
 def test_the_image_is_built_from_what_is_there_and_starts_without_a_shell_as_nobody_special() -> None:
