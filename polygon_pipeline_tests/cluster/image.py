@@ -139,12 +139,13 @@ def test_a_session_is_collected_by_containers_whatever_docker_does_to_them(
     [ledger] = [ledger for ledger in read_ledgers(lake, day).ledgers if ledger.run == holder.run]
     assert ledger.complete
     until(lambda: "CANCELED" in _UI.statuses("collect_aggregates"), "its run is canceled")
+    stopped = machine
     holder, machine = collects(holder)
-    _other(machine, first, second).compose("start", "collector")
+    stopped.compose("start", "collector")
 
     began = time.monotonic()
-    until(lambda: all(_is_healthy(service) for service in _services(first, second)), "all are healthy", 120, 2)
-    tell(f"{len(_services(first, second))} containers are healthy")
+    healthy = until(lambda: _all_healthy(first, second), "all containers are healthy", 120, 2)
+    tell(f"all {healthy} containers are healthy")
     assert "Traceback" not in first.log("webserver") + first.log("daemon") + first.log("code")
 
     began = time.monotonic()
@@ -169,9 +170,11 @@ def test_a_session_is_collected_by_containers_whatever_docker_does_to_them(
     assert now is machine
 
     began = time.monotonic()
-    until(lambda: day_state(lake, day) == "final", "the day is final", 600, 1)
+    ledgers = until(
+        lambda: _complete(lake, day), "the session is over, and all its runs' accounts are complete", 400, 1
+    )
+    until(lambda: day_state(lake, day) == "final", "the day is final", 400, 1)
     tell("the day is final")
-    ledgers = until(lambda: _complete(lake, day), "all its runs' accounts are complete")
     bars, expected = _bars(lake, day.isoformat()), SyntheticMarket(WATCH_LIST).day_bars(day).num_rows
     tell(f"{len(ledgers)} runs, {sum(ledger.account.bars for ledger in ledgers)} bars, {bars} of {expected} in the day")
     assert [ledger.imbalance for ledger in ledgers if ledger.imbalance] == []
@@ -184,16 +187,10 @@ def _complete(lake: Lake, day: date) -> list[Ledger]:
     return ledgers if all(ledger.complete for ledger in ledgers) else []
 
 
-def _services(*machines: Machine) -> list[dict[str, Any]]:
-    return [service for machine in machines for service in machine.services().values()]
-
-
-def _is_healthy(service: dict[str, Any]) -> bool:
-    return bool(service["Health"] == "healthy")
-
-
-def _other(machine: Machine, first: Machine, second: Machine) -> Machine:
-    return second if machine is first else first
+def _all_healthy(*machines: Machine) -> int:
+    """How many containers there are; 0 while one of them is not healthy."""
+    found = [service["Health"] for machine in machines for service in machine.services().values()]
+    return len(found) if set(found) == {"healthy"} else 0
 
 
 def _bars(lake: Lake, day: str) -> int:
