@@ -11,3 +11,5 @@ worker_prefetch_multiplier = 1
 task_acks_late = False
 # A process makes many runs, and pays its start once; then it is replaced, so that nothing it keeps adds up.
 worker_max_tasks_per_child = 200
+# What a run logs has a time and a level of its own; Celery would call each line a warning.
+worker_redirect_stdouts = False
