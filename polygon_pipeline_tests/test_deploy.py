@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -95,6 +96,23 @@ def test_every_command_of_the_services_is_that_of_their_units() -> None:
     for name, service in services.items():
         assert "healthcheck" in service or name == "code", "the image checks the code server"
         assert service["restart"] == "unless-stopped"
+
+
+def test_a_machine_that_has_everything_ends_its_processes_before_their_database() -> None:
+    """Else a collector takes four minutes to end, and its run fails. systemd stops in the reverse of After=."""
+    after = {path.stem: _unit(path, "Unit")["After"].split() for path in _SYSTEMD}
+    for units in after.values():
+        assert {"network-online.target", "postgresql.service", "redis.service"} <= set(units)
+    for name in ("polygon-web", "polygon-daemon"):
+        assert "polygon-code.service" in after[name], "or their first lines are errors"
+
+
+def test_the_environments_example_has_no_comment_behind_a_value() -> None:
+    """systemd, and `docker run --env-file`, take such a comment for a part of the value."""
+    lines = [line.strip() for line in (_DEPLOY / "celery" / "README.md").read_text().splitlines()]
+    values = dict(line.split("=", 1) for line in lines if re.match("[A-Z_]+=", line))
+    assert {"CODE_SERVER_HOST", "LAKE_URI"} <= set(values)
+    assert not [name for name, value in values.items() if "#" in value]
 
 
 @pytest.mark.parametrize("job", ["collect_aggregates", "catch_up"])
@@ -252,11 +270,11 @@ def _yaml(path: Path) -> dict[str, Any]:
     return found
 
 
-def _unit(path: Path) -> dict[str, str]:
+def _unit(path: Path, section: str = "Service") -> dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read(path)
-    return dict(parser["Service"])
+    return dict(parser[section])
 
 
 def _option(command: list[str], name: str) -> str:
