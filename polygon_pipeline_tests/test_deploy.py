@@ -196,6 +196,7 @@ def _job(name: str) -> dg.JobDefinition:
     return defs.resolve_job_def(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["collect_aggregates", "catch_up"])
 def test_a_run_is_a_task_of_ecs_that_is_watched_and_ended(
     job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
