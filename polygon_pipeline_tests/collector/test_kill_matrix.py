@@ -33,6 +33,7 @@ from polygon_pipeline.simulator.feed import Event
 from polygon_pipeline_tests.support.archives import archived_lines
 from polygon_pipeline_tests.support.bars import plain_bar
 from polygon_pipeline_tests.support.feeds import feed_event
+from polygon_pipeline_tests.support.files import stats
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 if TYPE_CHECKING:
@@ -239,17 +240,10 @@ class _Matrix:
 
 def _looks(folder: Path) -> tuple[dict[int, int], int]:
     """A journal's segments with their sizes, and when its state was saved; 0: never."""
-    segments, state = {}, 0
-    for path in folder.glob("*"):
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            continue
-        if path.suffix == ".segment":
-            segments[int(path.stem)] = stat.st_size
-        elif path.name == "state.json":
-            state = stat.st_mtime_ns
-    return segments, state
+    found = stats(folder, "*")
+    segments = {int(path.stem): stat.st_size for path, stat in found.items() if path.suffix == ".segment"}
+    state = found.get(folder / "state.json")
+    return segments, state.st_mtime_ns if state else 0
 
 
 def _run(matrix: _Matrix, kills: int) -> str:

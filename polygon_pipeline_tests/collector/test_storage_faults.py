@@ -31,6 +31,7 @@ from polygon_pipeline_tests.support.bars import DAY, OPENING, JsonObject, plain_
 from polygon_pipeline_tests.support.collecting import plan
 from polygon_pipeline_tests.support.faulty_s3 import Fault, FaultyS3, lake_behind
 from polygon_pipeline_tests.support.feeds import feed_event
+from polygon_pipeline_tests.support.files import stats
 from polygon_pipeline_tests.support.journals import journal_header, read_ledger
 from polygon_pipeline_tests.support.s3_server import S3Address, SeaweedFS, strict_s3
 from polygon_pipeline_tests.support.waiting import until
@@ -95,7 +96,7 @@ class _Run:
 
     def backlog(self) -> int:
         """The size of the journal's segments on disk."""
-        return sum(path.stat().st_size for path in self.journal_dir.glob("*/*.segment") if path.exists())
+        return _backlog(self.journal_dir)
 
 
 class _Listener(logging.Handler):
@@ -105,6 +106,11 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._said.append(record.getMessage())
+
+
+def _backlog(journal_dir: Path) -> int:
+    """In bytes."""
+    return sum(stat.st_size for stat in stats(journal_dir, "*/*.segment").values())
 
 
 def _bars(lake: Lake) -> list[JsonObject]:
@@ -295,13 +301,7 @@ def test_during_an_outage_of_the_lake_bars_wait_on_disk_not_in_memory_and_are_pu
     journal_dir = tmp_path / "journal"
 
     def backlog_mib() -> float:
-        found = 0
-        for path in journal_dir.glob("*/*.segment"):
-            try:
-                found += path.stat().st_size
-            except FileNotFoundError:
-                continue
-        return found / 2**20
+        return _backlog(journal_dir) / 2**20
 
     with Exchange(_fast_feed(), speed=100) as exchange:
         arguments = (lake.uri, seaweedfs.address, exchange.url, journal_dir, over, counts)
