@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def stats(folder: Path, pattern: str) -> dict[Path, os.stat_result]:
-    """What is there, all of it at one time. Where a file or a folder is removed meanwhile, it looks again."""
+    """The files that match. Where one of them, or a folder, is removed while it looks, it looks again."""
     while True:
         try:
             return {path: path.stat() for path in folder.glob(pattern)}
