@@ -23,13 +23,8 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from benchmarks.harness import say
 from benchmarks.processes import CODE_SERVER, COLLECTOR, DAEMON, Usage, folder_mb, usage_by_part
-from polygon_pipeline.datasets.catalog import DAILY_BARS
-from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.errors import STORE_ERRORS
 from polygon_pipeline.lake.ledger import read_ledgers, reconcile
 from polygon_pipeline.lake.store import Lake
@@ -37,6 +32,7 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import completed_sessions, trading_days
 from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline_tests.support.dagster_dev import DagsterDev
+from polygon_pipeline_tests.support.made_days import day_state
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 
 _PARTS = (DAEMON, CODE_SERVER, COLLECTOR)
@@ -214,8 +210,7 @@ def _thirds(samples: Sequence[Sample], part: str, value: Callable[[Usage], float
 def _state(lake: Lake, day: date) -> str:
     """What the daily bars say of a day."""
     with contextlib.suppress(*STORE_ERRORS):
-        if content := lake.get(layout.dataset_key(DAILY_BARS.name, day.isoformat())):
-            return str(pq.read_table(pa.BufferReader(content)).column("day_state")[0].as_py())
+        return day_state(lake, day) or "not made"
     return "not made"
 
 

@@ -14,12 +14,10 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.collector.lease import Holding, read_lease
-from polygon_pipeline.datasets.catalog import DAILY_BARS, FOLLOWING
+from polygon_pipeline.datasets.catalog import FOLLOWING
 from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.ledger import Ledger, decode_ledger, read_ledgers
 from polygon_pipeline.lake.store import Lake
@@ -27,6 +25,7 @@ from polygon_pipeline.market.bars import Channel
 from polygon_pipeline.market.calendar import completed_sessions, trading_days
 from polygon_pipeline_tests.support.dagster_dev import DagsterDev
 from polygon_pipeline_tests.support.history import put_history
+from polygon_pipeline_tests.support.made_days import day_state
 from polygon_pipeline_tests.support.receivers import webhook
 from polygon_pipeline_tests.support.waiting import until
 
@@ -111,15 +110,15 @@ def test_a_day_gets_to_final_by_itself_whatever_happened_to_its_session(
         asked = dev.backfill([dataset.name for dataset in _MINUTE], backfilled)
         first = _until(lambda: _alive(file_lake), "the sensor starts a collector beside the backfill")
         day = completed_sessions(datetime.now(UTC), 5)[0]
-        _until(lambda: _state(file_lake, day) == "collecting", "half a day is called half a day")
+        _until(lambda: day_state(file_lake, day) == "collecting", "half a day is called half a day")
         os.kill(first.pid, signal.SIGKILL)
         _until(lambda: _alive(file_lake, after=first), "another attempt follows the killed worker")
         _until(lambda: len(file_lake.keys(layout.ledger_prefix(day))) == 2, "it has published something")
         dev.terminate(dev.runs()[0]["runId"])
-        _until(lambda: _state(file_lake, day) == "final", "the day is completed by itself", 240)
+        _until(lambda: day_state(file_lake, day) == "final", "the day is completed by itself", 240)
         _until(lambda: dev.backfill_status(asked).startswith("COMPLETED"), "the backfill is completed", 300)
         assert dev.backfill_status(asked) == "COMPLETED_SUCCESS"
-        assert {_state(file_lake, day) for day in backfilled} == {"final"}
+        assert {day_state(file_lake, day) for day in backfilled} == {"final"}
         ledgers, unreadable, _ = read_ledgers(file_lake, day)
         assert not unreadable
         assert [(ledger.complete, ledger.imbalance) for ledger in ledgers] == [(True, []), (True, [])]
@@ -128,15 +127,6 @@ def test_a_day_gets_to_final_by_itself_whatever_happened_to_its_session(
         assert told[0].startswith(f"Run {dev.runs()[-1]['runId'][:8]} of collect_aggregates failed ({day})")
         assert len(told) == len({*told}), "nothing is told twice"
     say(f"a session killed and terminated beside a backfill of {len(backfilled)} days: every day final")
-
-
-def _state(lake: Lake, day: date) -> str | None:
-    """What the daily bars say of a day; None while there are none."""
-    content = lake.get(layout.dataset_key(DAILY_BARS.name, day.isoformat()))
-    if content is None:
-        return None
-    states = pq.read_table(pa.BufferReader(content)).column("day_state").to_pylist()
-    return str(states[0])
 
 
 def _assert_nothing_lost(lake: Lake, ledgers: list[Ledger]) -> None:

@@ -11,12 +11,9 @@ from contextlib import ExitStack
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from polygon_pipeline.datasets.catalog import DAILY_BARS, NORMALIZED_BARS
-from polygon_pipeline.lake import layout
+from polygon_pipeline.datasets.catalog import NORMALIZED_BARS
 from polygon_pipeline.lake.ledger import read_ledgers, reconcile
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
@@ -24,6 +21,7 @@ from polygon_pipeline.market.calendar import completed_sessions
 from polygon_pipeline.polygon.flat_files import expected_at
 from polygon_pipeline.simulator.synthetic import SyntheticMarket
 from polygon_pipeline_tests.support.dagster_dev import DagsterDev
+from polygon_pipeline_tests.support.made_days import day_state, made_day
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
 
@@ -97,20 +95,13 @@ def _days_with_ledgers(lake: Lake) -> list[date]:
 
 def _is_done(lake: Lake, day: date) -> bool:
     """Whether a day is as it should be by now: with every minute collected its history is fetched once it is out."""
-    return _state(lake, day) == ("final" if expected_at(day) <= datetime.now(UTC) else "complete")
-
-
-def _state(lake: Lake, day: date) -> str | None:
-    """What the daily bars say of a day; None while there are none."""
-    content = lake.get(layout.dataset_key(DAILY_BARS.name, day.isoformat()))
-    if content is None:
-        return None
-    return str(pq.read_table(pa.BufferReader(content)).column("day_state")[0].as_py())
+    return day_state(lake, day) == ("final" if expected_at(day) <= datetime.now(UTC) else "complete")
 
 
 def _rows(lake: Lake, name: str, day: date) -> int:
-    content = lake.get(layout.dataset_key(name, day.isoformat()))
-    return int(pq.read_table(pa.BufferReader(content or b"")).num_rows)
+    made = made_day(lake, name, day)
+    assert made is not None
+    return int(made.num_rows)
 
 
 def _until(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:

@@ -16,21 +16,19 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline import demo
 from polygon_pipeline.collector.lease import Holding, read_lease
 from polygon_pipeline.datasets.catalog import NORMALIZED_BARS
-from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.ledger import Ledger, read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.calendar import completed_sessions
 from polygon_pipeline.simulator.synthetic import SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
 from polygon_pipeline_tests.cluster.cluster import WebUI
-from polygon_pipeline_tests.cluster.scenarios import day_state
+from polygon_pipeline_tests.cluster.scenarios import holder_after
+from polygon_pipeline_tests.support.made_days import day_state, made_day
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
 
@@ -123,9 +121,8 @@ def test_a_session_is_collected_by_containers_whatever_docker_does_to_them(
         """Who collects now, and is not who did."""
 
         def other() -> Holding | None:
-            lease = read_lease(lake)
-            new = lease is not None and not lease.released and (after is None or lease.run != after.run)
-            return lease if new and lease and lease.status.bars else None
+            lease = holder_after(after, lake)
+            return lease if lease and lease.status.bars else None
 
         found = until(other, "a collector is at work", 300, 0.5)
         tell(f"{found.machine} collects")
@@ -175,7 +172,9 @@ def test_a_session_is_collected_by_containers_whatever_docker_does_to_them(
     )
     until(lambda: day_state(lake, day) == "final", "the day is final", 400, 1)
     tell("the day is final")
-    bars, expected = _bars(lake, day.isoformat()), SyntheticMarket(WATCH_LIST).day_bars(day).num_rows
+    made = made_day(lake, NORMALIZED_BARS.name, day)
+    assert made is not None
+    bars, expected = made.num_rows, SyntheticMarket(WATCH_LIST).day_bars(day).num_rows
     tell(f"{len(ledgers)} runs, {sum(ledger.account.bars for ledger in ledgers)} bars, {bars} of {expected} in the day")
     assert [ledger.imbalance for ledger in ledgers if ledger.imbalance] == []
     assert bars == expected
@@ -191,11 +190,6 @@ def _all_healthy(*machines: Machine) -> int:
     """How many containers there are; 0 while one of them is not healthy."""
     found = [service["Health"] for machine in machines for service in machine.services().values()]
     return len(found) if set(found) == {"healthy"} else 0
-
-
-def _bars(lake: Lake, day: str) -> int:
-    content = lake.get(layout.dataset_key(NORMALIZED_BARS.name, day)) or b""
-    return int(pq.read_metadata(pa.BufferReader(content)).num_rows)
 
 
 def _gateway() -> str:

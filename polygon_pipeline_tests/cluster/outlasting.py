@@ -13,8 +13,6 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.collector.lease import read_lease
@@ -30,9 +28,10 @@ from polygon_pipeline.simulator.synthetic import SyntheticFeed, SyntheticMarket
 from polygon_pipeline.simulator.tickers import WATCH_LIST
 from polygon_pipeline_tests.cluster.cluster import Cluster, Pair
 from polygon_pipeline_tests.cluster.machines import EXCHANGE, Machine
-from polygon_pipeline_tests.cluster.scenarios import VARIABLES, Story, WatchedExchange, day_state, playing
+from polygon_pipeline_tests.cluster.scenarios import VARIABLES, Story, WatchedExchange, playing
 from polygon_pipeline_tests.cluster.servers import Volume
 from polygon_pipeline_tests.support.archives import archived_lines
+from polygon_pipeline_tests.support.made_days import day_state, made_day
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
 
@@ -206,9 +205,9 @@ def _is_complete(lake: Lake, day: date, run: str) -> bool:
 
 
 def _rows(lake: Lake, dataset: Dataset, day: date) -> list[dict[str, Any]]:
-    content = lake.get(layout.dataset_key(dataset.name, day.isoformat()))
-    assert content
-    return list(pq.read_table(pa.BufferReader(content)).to_pylist())
+    made = made_day(lake, dataset.name, day)
+    assert made is not None
+    return list(made.to_pylist())
 
 
 def _bars(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[float]]:

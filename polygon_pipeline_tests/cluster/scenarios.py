@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from polygon_pipeline.collector.lease import Holding, read_lease
 from polygon_pipeline.datasets.catalog import DAILY_BARS, FOLLOWING
-from polygon_pipeline.lake import layout
 from polygon_pipeline.lake.ledger import read_ledgers
 from polygon_pipeline.lake.store import Lake
 from polygon_pipeline.market.bars import Channel
@@ -30,6 +27,7 @@ from polygon_pipeline_tests.cluster.machines import EXCHANGE, S3, Machine
 from polygon_pipeline_tests.support.archives import archived_lines
 from polygon_pipeline_tests.support.history import put_history
 from polygon_pipeline_tests.support.lakes import local_lake
+from polygon_pipeline_tests.support.made_days import day_state
 from polygon_pipeline_tests.support.materializing import materialize
 from polygon_pipeline_tests.support.s3_server import SeaweedFS
 from polygon_pipeline_tests.support.waiting import until
@@ -235,6 +233,14 @@ def _files(lake: Lake) -> dict[str, bytes]:
     return {key: lake.get(key) or b"" for key in lake.keys("datasets/")}
 
 
+def holder_after(last: Holding | None, lake: Lake) -> Holding | None:
+    """Who has the lease, and is not who had it last."""
+    lease = read_lease(lake)
+    if lease is None or lease.released or (last and lease.run == last.run):
+        return None
+    return lease
+
+
 class Story:
     """What happens, with the seconds that it took."""
 
@@ -258,10 +264,8 @@ class Story:
         """Waits until another run than this holds the lease and its bars arrive; then it has a while to collect."""
 
         def other() -> Holding | None:
-            lease, streams = read_lease(self._cluster.lake), self.exchange.served[self._streams :]
-            if lease is None or lease.released or (after and lease.run == after.run):
-                return None
-            return lease if any(served.acknowledged for served in streams) else None
+            streams = self.exchange.served[self._streams :]
+            return holder_after(after, self._cluster.lake) if any(served.acknowledged for served in streams) else None
 
         found = until(other, what, seconds, 0.5)
         self.tells(f"{what}, after {time.monotonic() - self._began:.0f} s")
@@ -309,9 +313,3 @@ class Story:
     def tells(self, text: str) -> None:
         print(f"{datetime.now(UTC):%H:%M:%S} {text}", flush=True)
         self._say(text)
-
-
-def day_state(lake: Lake, day: date) -> str | None:
-    """What the daily bars say of a day; None while there are none."""
-    content = lake.get(layout.dataset_key(DAILY_BARS.name, day.isoformat()))
-    return None if content is None else str(pq.read_table(pa.BufferReader(content))["day_state"][0].as_py())
